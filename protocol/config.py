@@ -1,0 +1,104 @@
+"""The configuration: every key with its default, unit and bounds. `docs/configuration.md` lists them for users."""
+
+from typing import Annotated
+
+import msgspec
+
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+Bytes = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A table of `lmx.toml`; an unknown key is an error."""
+
+
+class GatewayConfig(_Section, frozen=True):
+    """The HTTP side."""
+
+    host: str = "127.0.0.1"
+    #: 0 takes any free port.
+    port: Port = 1234
+    #: Connections the kernel holds while no gateway accepts.
+    backlog: Count = 2048
+    max_body_bytes: Bytes = 16 * 1024 * 1024
+    max_messages: Count = 256
+    max_tokens_limit: Count = 32_768
+    default_temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] = 0.7
+    chat_timeout_s: Seconds = 900.0
+    #: Silence on a stream after which a comment keeps the connection alive.
+    keepalive_s: Seconds = 5.0
+    #: Bytes of one answer that may wait for a slow client before it is dropped.
+    max_unsent_bytes: Bytes = 1024 * 1024
+
+
+class ModelsConfig(_Section, frozen=True):
+    """What is loaded, and how much of it one worker runs at once."""
+
+    #: Ids loaded at start, when their folder is there.
+    auto_load: tuple[str, ...] = ("smollm2-135m-instruct",)
+    max_concurrent_requests: Count = 32
+    #: Requests that wait for a slot; one more is refused at once.
+    queue_depth: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 128
+    slot_timeout_s: Annotated[float, msgspec.Meta(ge=0.05, le=300)] = 30.0
+    #: Prompt tokens processed between two decode steps.
+    prefill_step_tokens: Annotated[int, msgspec.Meta(ge=16, le=65536)] = 512
+
+
+class WorkerConfig(_Section, frozen=True):
+    """The machine side of a worker."""
+
+    #: Threads of the CPU matrix library; 0 leaves it to the library.
+    blas_threads: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
+    #: Preload OpenBLAS on Linux when it is installed.
+    preload_blas: bool = True
+
+
+class LifecycleConfig(_Section, frozen=True):
+    """Deadlines and delays of design 6, in seconds."""
+
+    hello_s: Seconds = 20.0
+    load_base_s: Seconds = 60.0
+    load_per_gib_s: Seconds = 3.0
+    load_stall_s: Seconds = 30.0
+    warm_up_s: Seconds = 60.0
+    heartbeat_s: Seconds = 1.0
+    heartbeat_late_s: Seconds = 5.0
+    heartbeat_hung_s: Seconds = 15.0
+    prefill_s: Seconds = 60.0
+    decode_s: Seconds = 30.0
+    #: Lateness of the supervisor's own tick that means the machine slept.
+    slept_s: Seconds = 3.0
+    restart_delays_s: tuple[float, ...] = (0.0, 1.0, 2.0, 5.0, 15.0, 30.0, 60.0)
+    restart_jitter: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.2
+    #: Ready this long before a crash: the first restart has no delay.
+    stable_s: Seconds = 60.0
+    forgive_one_s: Seconds = 300.0
+    forgive_all_s: Seconds = 600.0
+    lease_s: Seconds = 120.0
+    #: A new supervisor waits this long for processes of the last one to introduce themselves.
+    adopt_s: Seconds = 3.0
+    drain_s: Seconds = 30.0
+    stop_min_s: Seconds = 15.0
+    stop_base_s: Seconds = 5.0
+    stop_per_gib_s: Seconds = 0.25
+    stop_max_s: Seconds = 120.0
+    #: A `load` or `restart-worker` command gives up waiting after this long.
+    command_timeout_s: Seconds = 900.0
+
+
+class LogConfig(_Section, frozen=True):
+    """What is written to `$LMX_HOME/logs`."""
+
+    level: str = "INFO"
+
+
+class Config(_Section, frozen=True):
+    """The whole of `lmx.toml`."""
+
+    gateway: GatewayConfig = GatewayConfig()
+    models: ModelsConfig = ModelsConfig()
+    worker: WorkerConfig = WorkerConfig()
+    lifecycle: LifecycleConfig = LifecycleConfig()
+    log: LogConfig = LogConfig()

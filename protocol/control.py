@@ -1,0 +1,242 @@
+"""The control plane: what the supervisor and everyone else say over its unix socket.
+
+A connection's first frame is a hello that says who dials. Frames are described in `protocol.framing`. Sizes are
+bytes, durations seconds, `*_at` Unix times in seconds.
+"""
+
+from typing import Final
+
+from protocol.messages import Decoder, Message
+from protocol.states import ModelState, Phase
+
+#: Largest control frame either side accepts, in bytes.
+MAX_FRAME_BYTES: Final = 4 * 1024 * 1024
+
+# -- hellos -----------------------------------------------------------------------------------------------------
+
+
+class WorkerHello(Message, frozen=True, tag=1):
+    """First frame of a worker, also after it lost a supervisor and found the next one."""
+
+    protocol: int
+    slot: str
+    model: str
+    incarnation: int
+    pid: int
+    endpoint: str
+    phase: Phase
+    version: str
+    capabilities: "Capabilities | None" = None
+    load_s: float = 0.0
+    source: str = ""
+
+
+class GatewayHello(Message, frozen=True, tag=2):
+    """First frame of a gateway. The listening socket travels beside it as a file descriptor (SCM_RIGHTS)."""
+
+    protocol: int
+    incarnation: int
+    pid: int
+    version: str
+
+
+class CliHello(Message, frozen=True, tag=3):
+    """First frame of a command-line client."""
+
+    protocol: int
+    version: str
+
+
+# -- worker to supervisor ---------------------------------------------------------------------------------------
+
+
+class Capabilities(Message, frozen=True):
+    """What a ready worker can do, learnt from the loaded model."""
+
+    max_model_len: int
+    weight_bytes: int
+    kinds: list[str]
+    max_concurrent_requests: int
+    has_chat_template: bool = True
+
+
+class Loading(Message, frozen=True, tag=8):
+    """Bytes of weights that are in memory, of how many."""
+
+    done_bytes: int
+    total_bytes: int
+    stage: str = "weights"
+
+
+class Ready(Message, frozen=True, tag=9):
+    """The mandatory canary (one generated token) has passed."""
+
+    capabilities: Capabilities
+    load_s: float
+
+
+class Heartbeat(Message, frozen=True, tag=10):
+    """Sent each second by the IO thread. Only an advancing `step` proves that the engine lives."""
+
+    phase: Phase
+    step: int
+    step_age_s: float
+    running: int
+    waiting: int
+    active_bytes: int
+    cache_bytes: int
+    peak_bytes: int
+
+
+class Dying(Message, frozen=True, tag=11):
+    """Last words before a worker ends itself: a class and text for the operator, never a prompt."""
+
+    code: int
+    message: str
+
+
+class Drained(Message, frozen=True, tag=12):
+    """No request is left; the sender waits for `Stop`."""
+
+
+# -- supervisor to worker and gateway ---------------------------------------------------------------------------
+
+
+class Welcome(Message, frozen=True, tag=16):
+    """Answer to a hello. A peer that then hears nothing for `lease_s` drains and exits."""
+
+    protocol: int
+    lease_s: float
+
+
+class Drain(Message, frozen=True, tag=17):
+    """Take no new requests; let the running ones end within `grace_s`, then report `Drained`."""
+
+    grace_s: float
+
+
+class Stop(Message, frozen=True, tag=18):
+    """End now; what still runs is failed."""
+
+    reason: str
+
+
+class CatalogModel(Message, frozen=True):
+    """One model as a client may see it. `error_code` says why it does not serve, if it does not."""
+
+    id: str
+    state: ModelState
+    created_at: int
+    incarnation: int = 0
+    endpoint: str = ""
+    capabilities: Capabilities | None = None
+    error_code: str = ""
+    reason: str = ""
+    retry_after_s: int | None = None
+    done_bytes: int = 0
+    total_bytes: int = 0
+
+
+class Catalog(Message, frozen=True, tag=19):
+    """Everything the gateway needs to route, whole, on each change: one message is enough after a restart."""
+
+    version: int
+    models: list[CatalogModel]
+
+
+class Ping(Message, frozen=True, tag=20):
+    """Renews the lease of its receiver."""
+
+
+# -- gateway to supervisor --------------------------------------------------------------------------------------
+
+
+class GatewayReady(Message, frozen=True, tag=24):
+    """The gateway has the catalog and accepts connections."""
+
+
+class GatewayHeartbeat(Message, frozen=True, tag=25):
+    """Sent each second by the gateway's event loop."""
+
+    open_requests: int
+    sockets: int = 0
+
+
+# -- command line to supervisor and back ------------------------------------------------------------------------
+
+
+class StatusRequest(Message, frozen=True, tag=32):
+    """Ask for `StatusReply`; with `watch` again after each change, at most every second."""
+
+    watch: bool = False
+
+
+class LoadRequest(Message, frozen=True, tag=33):
+    """Load the model folder at `path` under `id`. Answers: `Progress` any number of times, then `Result`."""
+
+    id: str
+    path: str
+
+
+class UnloadRequest(Message, frozen=True, tag=34):
+    """Drain and end a model's process, and forget that it should be live."""
+
+    id: str
+
+
+class RestartRequest(Message, frozen=True, tag=35):
+    """Replace a model's process; the `Result` comes when the new one is ready. `force` skips the drain."""
+
+    id: str
+    force: bool = False
+
+
+class StopRequest(Message, frozen=True, tag=36):
+    """Drain everything and end the supervisor."""
+
+
+class StatusReply(Message, frozen=True, tag=48):
+    """The document of `lmx-supervisor status --json`, encoded as JSON."""
+
+    document: bytes
+
+
+class Progress(Message, frozen=True, tag=49):
+    """Where a load or restart is."""
+
+    id: str
+    state: ModelState
+    done_bytes: int
+    total_bytes: int
+    note: str = ""
+
+
+class Result(Message, frozen=True, tag=50):
+    """End of a command. `exit_code` is a `CliExit`."""
+
+    exit_code: int
+    message: str
+    old_pid: int = 0
+    new_pid: int = 0
+
+
+Hello = WorkerHello | GatewayHello | CliHello
+FromWorker = Loading | Ready | Heartbeat | Dying | Drained
+FromGateway = GatewayReady | GatewayHeartbeat | Drained
+FromCli = StatusRequest | LoadRequest | UnloadRequest | RestartRequest | StopRequest
+ToSupervisor = Hello | FromWorker | FromGateway | FromCli
+
+ToWorker = Welcome | Drain | Stop | Ping
+ToGateway = Welcome | Drain | Stop | Ping | Catalog
+ToCli = StatusReply | Progress | Result
+FromSupervisor = ToWorker | ToGateway | ToCli
+
+
+def to_supervisor_decoder() -> Decoder[ToSupervisor]:
+    """Return a decoder for everything the supervisor may receive."""
+    return Decoder[ToSupervisor](ToSupervisor)
+
+
+def from_supervisor_decoder() -> Decoder[FromSupervisor]:
+    """Return a decoder for everything the supervisor may send."""
+    return Decoder[FromSupervisor](FromSupervisor)

@@ -1,0 +1,80 @@
+"""Where things lie under `$LMX_HOME`, and the checks that make the folder safe to use."""
+
+import hashlib
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Final
+
+#: `sun_path` holds 104 bytes on macOS, one of them the final NUL.
+MAX_SOCKET_PATH_BYTES: Final = 103
+_PRIVATE: Final = 0o700
+_SLUG_LENGTH: Final = 20
+
+
+class UnsafeHomeError(Exception):
+    """`$LMX_HOME` cannot be used; the text says what to change."""
+
+
+def default_home() -> Path:
+    """Return `$LMX_HOME`, or `~/.lmx`."""
+    return Path(os.environ.get("LMX_HOME") or Path.home() / ".lmx").expanduser()
+
+
+def slot_name(model_id: str) -> str:
+    """Return a short, unique, file-safe name for a model id (ids may hold slashes and be long)."""
+    slug = re.sub(r"[^a-z0-9.]+", "-", model_id.lower()).strip("-.")[:_SLUG_LENGTH] or "model"
+    return f"{slug}-{hashlib.sha256(model_id.encode()).hexdigest()[:4]}"
+
+
+class Home:
+    """The layout of one `$LMX_HOME`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(os.path.abspath(root))  # noqa: PTH100 - resolve() would follow the links we must refuse
+        self.run = self.root / "run"
+        self.state = self.root / "state"
+        self.models = self.root / "models"
+        self.logs = self.root / "logs"
+        self.crashes = self.root / "crashes"
+        self.config = self.root / "lmx.toml"
+        self.control_socket = self.run / "supervisor.sock"
+        self.lock = self.run / "supervisor.lock"
+
+    def endpoint(self, slot: str, incarnation: int) -> Path:
+        """Return the data socket of one incarnation: a path of its own, because binding a live path steals it."""
+        return self.run / f"{slot}.{incarnation}.sock"
+
+    def spec(self, slot: str, incarnation: int) -> Path:
+        """Return the file a process is started from."""
+        return self.run / f"{slot}.{incarnation}.json"
+
+    def ensure(self) -> None:
+        """Create what is missing, private to this user; raise `UnsafeHomeError` for what cannot be trusted."""
+        longest = self.endpoint("x" * (_SLUG_LENGTH + 5), 10**8)
+        if len(os.fsencode(longest)) > MAX_SOCKET_PATH_BYTES:
+            msg = f"{self.root} is too long for unix sockets ({MAX_SOCKET_PATH_BYTES} bytes): choose a shorter LMX_HOME"
+            raise UnsafeHomeError(msg)
+        try:
+            self.root.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
+            for folder in (self.run, self.state, self.models, self.logs, self.crashes):
+                folder.mkdir(mode=_PRIVATE, exist_ok=True)
+        except OSError as error:
+            msg = f"cannot create {error.filename}: {error.strerror}"
+            raise UnsafeHomeError(msg) from None
+        for folder in (self.run, self.state, self.logs, self.crashes):
+            _check_private(folder)
+
+
+def _check_private(folder: Path) -> None:
+    """Refuse a symlink, another owner's folder, and access for others (which is taken away if it is ours)."""
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        msg = f"{folder} is not a folder (a link is refused): remove it"
+        raise UnsafeHomeError(msg)
+    if status.st_uid != os.geteuid():
+        msg = f"{folder} belongs to uid {status.st_uid}, not to uid {os.geteuid()}: remove it or change its owner"
+        raise UnsafeHomeError(msg)
+    if status.st_mode & 0o077:
+        folder.chmod(_PRIVATE)

@@ -1,0 +1,52 @@
+"""Spec files: what a child process is started from. A worker or gateway can be started by hand from its file."""
+
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from protocol.config import GatewayConfig, LifecycleConfig, ModelsConfig
+
+SpecT = TypeVar("SpecT", bound=msgspec.Struct)
+
+
+class WorkerSpec(msgspec.Struct, frozen=True):
+    """Everything a worker needs: `python -m worker SPEC`."""
+
+    slot: str
+    model: str
+    incarnation: int
+    #: Folder with config.json and safetensors.
+    path: str
+    #: Where its ROUTER binds.
+    endpoint: str
+    control_socket: str
+    log_file: str
+    log_level: str
+    models: ModelsConfig
+    lifecycle: LifecycleConfig
+    #: The matrix library the supervisor asked the loader to preload, "" if none.
+    preloaded: str = ""
+
+
+class GatewaySpec(msgspec.Struct, frozen=True):
+    """Everything a gateway needs: `python -m gateway SPEC`. It serves on an inherited listening socket."""
+
+    incarnation: int
+    listen_fd: int
+    control_socket: str
+    log_file: str
+    log_level: str
+    gateway: GatewayConfig
+    lifecycle: LifecycleConfig
+
+
+def write_spec(file: Path, spec: msgspec.Struct) -> None:
+    """Write a spec file, readable by this user only."""
+    file.touch(mode=0o600)
+    file.write_bytes(msgspec.json.format(msgspec.json.encode(spec)))
+
+
+def read_spec(file: Path, kind: type[SpecT]) -> SpecT:
+    """Return the spec in `file`; raise `OSError` or `msgspec.MsgspecError`."""
+    return msgspec.json.decode(file.read_bytes(), type=kind)
