@@ -49,6 +49,8 @@ class ModelsConfig(_Section, frozen=True):
 class WorkerConfig(_Section, frozen=True):
     """The machine side of a worker."""
 
+    #: Python module that is started for each model with a spec file; another engine may be named here.
+    module: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_.]*$")] = "worker"
     #: Threads of the CPU matrix library; 0 leaves it to the library.
     blas_threads: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
     #: Preload OpenBLAS on Linux when it is installed.

@@ -145,4 +145,3 @@ def _parse_value(text: str, default: object) -> object:
         if isinstance(default, tuple):
             return [part.strip() for part in text.split(",") if part.strip()]
         return text  # the decoder then says which type was expected
-

@@ -1,0 +1,34 @@
+# The habits of the house. Each target is a script in scripts/ so that it can be read, run and tested alone.
+# Works with GNU make 3.81 (macOS). PYTHON=… chooses the interpreter when .venv is
+# created (an existing .venv stays: make clean), ARGS=… is passed on.
+SHELL = /bin/sh
+ARGS =
+
+.PHONY: help setup run test check fmt bench lock clean
+
+help: ## what there is (the default)
+	@sed -n 's/^\([a-z]*\):.*## */  make \1	/p' Makefile
+
+setup: ## create .venv and install the locked dependencies; does nothing when up to date
+	@PYTHON="$(PYTHON)" scripts/setup
+
+run: setup ## fetch the default model once, then serve until Ctrl-C
+	@scripts/run $(ARGS)
+
+test: setup ## the whole test suite; ARGS="-k name" for a part of it
+	@scripts/test $(ARGS)
+
+check: setup ## ruff, format and mypy --strict, changing nothing
+	@scripts/check
+
+fmt: setup ## format and fix what can be fixed safely
+	@scripts/fmt
+
+bench: setup ## LMX against the same engine in-process
+	@.venv/bin/python bench/overhead.py $(ARGS)
+
+lock: ## resolve the dependencies anew (maintainers; needs uv); ARGS=--upgrade for new versions
+	@scripts/lock $(ARGS)
+
+clean: ## remove .venv, caches and build outputs; never LMX_HOME
+	@scripts/clean

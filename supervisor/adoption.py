@@ -1,0 +1,61 @@
+"""What a killed supervisor left behind: its processes are adopted or ended, its files swept."""
+
+import asyncio
+import contextlib
+import re
+from collections.abc import Sequence
+
+from protocol.paths import Home
+from supervisor.children import end_stranger
+from supervisor.host import Host
+from supervisor.platform.base import Platform
+from supervisor.store import ChildRecord, Runtime
+from supervisor.watching import Changes
+
+_PER_INCARNATION = re.compile(r"\.(\d+)\.(?:sock|json)$")
+
+
+def living(runtime: Runtime, platform: Platform) -> tuple[ChildRecord, ...]:
+    """Return the recorded processes that still live: same boot, same pid, same start."""
+    if runtime.boot_id != platform.boot_id():
+        return ()
+    return tuple(child for child in runtime.children if platform.process_started(child.pid) == child.started)
+
+
+def leftovers(home: Home) -> dict[str, int]:
+    """Return the per-incarnation files in the run folder, by name, with their incarnation."""
+    found = {}
+    for entry in home.run.iterdir():
+        match = _PER_INCARNATION.search(entry.name)
+        if match:
+            found[entry.name] = int(match[1])
+    return found
+
+
+async def adopt(host: Host, changes: Changes, expected: Sequence[ChildRecord], *, unrecorded: bool) -> None:
+    """Wait until everyone expected has introduced itself, then end those that have not.
+
+    `unrecorded`: the record was lost but files say that processes ran, so wait out the whole time for them.
+    """
+
+    def missing() -> list[ChildRecord]:
+        adopted = {managed.slot.pid for managed in host.slots.values()}
+        return [child for child in expected if child.pid not in adopted]
+
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(host.config.lifecycle.adopt_s):
+            await changes.wait_for(lambda: not missing() and not unrecorded)
+    wanted = [child for child in missing() if host.platform.process_started(child.pid) == child.started]
+    for child in wanted:
+        host.journal.write("orphan_ended", level="WARNING", model=child.model, slot=child.slot, pid=child.pid)
+    grace = host.config.lifecycle.stop_min_s
+    await asyncio.gather(*(end_stranger(host.platform, c.pid, c.started, grace_s=grace) for c in wanted))
+
+
+def sweep(host: Host) -> None:
+    """Remove files of incarnations that do not live. Paths are never reused, so a leftover only takes up space."""
+    current = {managed.slot.incarnation for managed in host.slots.values() if managed.child is not None}
+    for name, incarnation in leftovers(host.home).items():
+        if incarnation not in current:
+            with contextlib.suppress(OSError):
+                (host.home.run / name).unlink()

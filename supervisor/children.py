@@ -1,0 +1,104 @@
+"""Child processes: each in a session of its own, with files for pipes, told from strangers by start time."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+from supervisor.platform.base import ExitWatch, Platform
+
+_OUTPUT_LIMIT: Final = 10 * 1024 * 1024
+
+
+class Child:
+    """One living process that we started or adopted. `gone(returncode)` is called once, None if it was adopted."""
+
+    def __init__(
+        self,
+        platform: Platform,
+        pid: int,
+        started: float,
+        gone: Callable[[int | None], None],
+        process: "subprocess.Popen[bytes] | None" = None,
+    ) -> None:
+        self.pid = pid
+        self.started = started
+        self._platform = platform
+        self._process = process
+        self._gone = gone
+        self._watch: ExitWatch = platform.watch_exit(asyncio.get_running_loop(), pid, self._ended)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal, but never to a stranger that has got the pid since."""
+        if self._process is not None:
+            # Unreaped, so the pid is still its own; `send_signal` checks that it has not been reaped.
+            self._process.send_signal(number)
+        elif self._platform.process_started(self.pid) == self.started:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def forget(self) -> None:
+        """Stop watching, leaving the process to itself."""
+        self._watch.close()
+
+    def _ended(self) -> None:
+        # What it started itself dies with it. Before the reaping, so that the group id cannot be another's yet.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._gone(None if self._process is None else self._process.wait(timeout=5))
+
+
+def spawn(
+    platform: Platform,
+    module: str,
+    spec: Path,
+    *,
+    output: Path,
+    environ: Mapping[str, str],
+    gone: Callable[[int | None], None],
+    pass_fds: tuple[int, ...] = (),
+) -> Child:
+    """Start `python -m module spec`; raise `OSError` if the system refuses.
+
+    stdout and stderr are appended to `output`, which is turned over at 10 MB: a pipe would die with its reader.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if output.stat().st_size > _OUTPUT_LIMIT:
+            output.replace(output.with_name(output.name + ".1"))
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        # -P: the folder we happen to stand in must not shadow our packages.
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", module, str(spec)],
+            stdin=subprocess.DEVNULL,
+            stdout=descriptor,
+            stderr=descriptor,
+            env=dict(environ),
+            pass_fds=pass_fds,
+            start_new_session=True,
+        )
+    finally:
+        os.close(descriptor)
+    return Child(platform, process.pid, platform.process_started(process.pid) or 0.0, gone, process)
+
+
+async def end_stranger(platform: Platform, pid: int, started: float, *, grace_s: float) -> None:
+    """End a left-over process of ours that cannot be adopted: SIGTERM, then SIGKILL after `grace_s`."""
+    gone = asyncio.Event()
+    if platform.process_started(pid) != started:
+        return
+    try:
+        child = Child(platform, pid, started, lambda _code: gone.set())
+    except ProcessLookupError:
+        return
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        child.signal(number)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(gone.wait(), grace_s)
+            return
+    child.forget()

@@ -1,0 +1,180 @@
+"""Commands of `lmx-supervisor` as the supervisor carries them out: each ends in one `Result`."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from protocol import control
+from protocol.channel import Channel
+from protocol.messages import encode
+from protocol.modelfolder import ModelFolderError, inspect_model_folder
+from protocol.paths import slot_name
+from protocol.states import CliExit, ModelState
+from supervisor import events as ev
+from supervisor import lifecycle as life
+from supervisor.host import Host, Managed
+from supervisor.restarts import worker_policy
+from supervisor.server import Connection
+from supervisor.watching import Changes
+
+_PROGRESS_S: Final = 0.25
+_MAX_ID_LENGTH: Final = 200
+
+
+class CommandError(Exception):
+    """A command cannot be done; the text says why."""
+
+    def __init__(self, message: str, exit_code: CliExit = CliExit.FAILED) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Commands:
+    """Serves one command-line connection after the other; several may be open at once.
+
+    `status` returns the encoded status document, `intend`/`forget` store operator intent, `stop` begins the shutdown.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        changes: Changes,
+        *,
+        status: Callable[[], bytes],
+        intend: Callable[[str, str, float], None],
+        forget: Callable[[str], None],
+        stop: Callable[[str], None],
+    ) -> None:
+        self._host = host
+        self._changes = changes
+        self._status = status
+        self._intend = intend
+        self._forget = forget
+        self._stop = stop
+
+    async def serve(self, connection: Connection) -> None:
+        """Answer requests until the client leaves."""
+        while True:
+            request = await connection.receive()
+            try:
+                result = await self._answer(request, connection.channel)
+            except CommandError as error:
+                result = control.Result(error.exit_code, str(error))
+            except TimeoutError:
+                limit = self._host.config.lifecycle.command_timeout_s
+                result = control.Result(CliExit.TIMED_OUT, f"not done within {limit:g} s; it goes on: see status")
+            if result is not None:
+                connection.channel.send(encode(result))
+
+    async def _answer(self, request: control.ToSupervisor, channel: Channel) -> control.Result | None:
+        async with asyncio.timeout(self._host.config.lifecycle.command_timeout_s):
+            match request:
+                case control.StatusRequest():
+                    channel.send(encode(control.StatusReply(self._status())))
+                    return None
+                case control.LoadRequest(model, path):
+                    return await self._load(model, Path(path), channel)
+                case control.UnloadRequest(model):
+                    return await self._unload(model)
+                case control.RestartRequest(model, force):
+                    return await self._restart(model, channel, force=force)
+                case control.StopRequest():
+                    self._stop("stop command")
+                    return control.Result(CliExit.OK, "stopping")
+        return control.Result(CliExit.USAGE, "the supervisor does not know this command")
+
+    # -- commands -------------------------------------------------------------------------------------------------
+
+    async def _load(self, model: str, path: Path, channel: Channel) -> control.Result:
+        _check_id(model)
+        try:
+            folder = await asyncio.to_thread(inspect_model_folder, path)
+        except ModelFolderError as error:
+            raise CommandError(str(error)) from None
+        managed = self._host.find(model)
+        if managed is not None and managed.slot.state is not ModelState.QUARANTINED:
+            if managed.path != str(path):
+                msg = f"{model} is loaded from {managed.path}: unload it first, or choose another --id"
+                raise CommandError(msg)
+        elif managed is not None:
+            managed.path = str(path)
+        else:
+            managed = add_model(self._host, model, str(path), time.time())
+        self._host.feed(managed, ev.Want())
+        managed.slot = life.weigh(managed.slot, folder.weight_bytes)
+        self._intend(model, managed.path, managed.created_at)
+        await self._until_ready(managed, channel, "loaded")
+        return control.Result(CliExit.OK, f"{model} is ready (pid {managed.slot.pid})", new_pid=managed.slot.pid)
+
+    async def _unload(self, model: str) -> control.Result:
+        managed = self._known(model)
+        self._forget(model)
+        self._host.feed(managed, ev.Unwant())
+        await self._changes.wait_for(lambda: managed.slot.state is ModelState.STOPPED or managed.slot.wanted)
+        if managed.slot.wanted:
+            msg = f"{model} was asked for again meanwhile"
+            raise CommandError(msg)
+        self._host.remove(managed)
+        return control.Result(CliExit.OK, f"{model} is unloaded")
+
+    async def _restart(self, model: str, channel: Channel, *, force: bool) -> control.Result:
+        managed = self._known(model)
+        old_pid, old_incarnation = managed.slot.pid, managed.slot.incarnation
+        self._host.feed(managed, ev.Restart(force))
+        await self._changes.wait_for(
+            lambda: managed.slot.incarnation != old_incarnation or managed.slot.state is ModelState.QUARANTINED
+        )
+        await self._until_ready(managed, channel, "restarted")
+        new_pid = managed.slot.pid
+        return control.Result(CliExit.OK, f"{model}: pid {old_pid or '-'} -> {new_pid}", old_pid, new_pid)
+
+    async def _until_ready(self, managed: Managed, channel: Channel, verb: str) -> None:
+        """Wait for ready, telling the client how far it is; raise when the model is given up."""
+        last = 0.0
+        while managed.slot.state is not ModelState.READY:
+            slot = managed.slot
+            if slot.state is ModelState.QUARANTINED:
+                permanent = slot.last_exit is not None and slot.last_exit.permanent
+                if permanent and verb == "loaded":
+                    self._drop(managed)
+                msg = f"{managed.model} could not be {verb}: {slot.reason}"
+                raise CommandError(msg)
+            if slot.state is ModelState.STOPPED or managed.name not in self._host.slots:
+                msg = f"{managed.model} was unloaded meanwhile"
+                raise CommandError(msg)
+            if time.monotonic() - last >= _PROGRESS_S:
+                last = time.monotonic()
+                channel.send(
+                    encode(control.Progress(managed.model, slot.state, slot.done_bytes, slot.total_bytes, slot.reason))
+                )
+            await self._changes.wait(_PROGRESS_S)
+
+    def _drop(self, managed: Managed) -> None:
+        """A load that can never work leaves nothing behind."""
+        self._forget(managed.model)
+        self._host.feed(managed, ev.Unwant(force=True))
+        self._host.remove(managed)
+
+    def _known(self, model: str) -> Managed:
+        managed = self._host.find(model)
+        if managed is None:
+            msg = f"no model {model} is loaded; see: lmx-supervisor status"
+            raise CommandError(msg, CliExit.UNREACHABLE)
+        return managed
+
+
+def add_model(host: Host, model: str, path: str, created_at: float) -> Managed:
+    """Make the slot of a model."""
+    policy = worker_policy(host.config.lifecycle)
+    return host.add(slot_name(model), policy, model=model, path=path, created_at=created_at)
+
+
+def _check_id(model: str) -> None:
+    """An id is printable text without spaces or parent references: it stands in URLs, logs and file names."""
+    parts = model.split("/")
+    fine = model.isprintable() and " " not in model and all(part and not part.startswith(".") for part in parts)
+    if not fine or len(model) > _MAX_ID_LENGTH:
+        msg = "a model id has letters, digits, '-', '_', '.' and '/', at most 200 characters: choose one with --id"
+        raise CommandError(msg, CliExit.USAGE)

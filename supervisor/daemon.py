@@ -1,0 +1,322 @@
+"""The supervisor itself: start, restore, run until asked to stop, stop."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from protocol import control
+from protocol.config import Config
+from protocol.logs import event
+from protocol.paths import Home
+from protocol.states import ModelState
+from supervisor import adoption, views
+from supervisor import events as ev
+from supervisor.commands import Commands, add_model
+from supervisor.host import GATEWAY, Host
+from supervisor.journal import Journal
+from supervisor.listener import PortTakenError, listen, serves, url_of
+from supervisor.peers import Peers
+from supervisor.platform import current_platform
+from supervisor.restarts import gateway_policy
+from supervisor.server import Connection, ControlServer
+from supervisor.store import ChildRecord, Desired, DesiredModel, Runtime, Store, remember_start
+from supervisor.watching import Changes
+
+_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_PORT_RETRY_S: Final = 1.0
+_SAMPLE_S: Final = 1.0
+
+
+class Daemon:
+    """One supervisor on one home. `announce(url, model)` is called once, when the first model answers requests."""
+
+    def __init__(self, home: Home, config: Config, announce: Callable[[str, str], None]) -> None:
+        self._home = home
+        self._config = config
+        self._announce: Callable[[str, str], None] | None = announce
+        self._platform = current_platform()
+        self._journal = Journal(home.state / "events.jsonl")
+        self._store = Store(home, self._platform)
+        self._changes = Changes()
+        self._host = Host(home, config, self._platform, self._journal, self._changed)
+        self._peers = Peers(self._host, self._catalog, self._handed_back)
+        self._commands = Commands(
+            self._host,
+            self._changes,
+            status=lambda: msgspec.json.encode(self._status()),
+            intend=self._intend,
+            forget=self._forget,
+            stop=self._stop,
+        )
+        self._server = ControlServer(home.control_socket, self._platform, self._greet)
+        self._listener: socket.socket | None = None
+        self._desired = Desired()
+        self._before = Runtime()
+        self._started_at = time.time()
+        self._starts: tuple[float, ...] = ()
+        self._recorded: tuple[ChildRecord, ...] = ()
+        self._stopping = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._stop_reason = ""
+        self._catalog_version = 0
+        self._catalog_models: list[control.CatalogModel] = []
+        self._publishing = False
+
+    async def run(self) -> None:
+        """Serve until a signal or a stop command, then end every child and return."""
+        loop = asyncio.get_running_loop()
+        for number in _STOP_SIGNALS:
+            loop.add_signal_handler(number, self._stop, number.name)
+        expected = self._remember()
+        self._server.open()
+        tasks = [loop.create_task(self._beat()), loop.create_task(self._sample())]
+        try:
+            await self._restore(expected)
+            tasks.append(loop.create_task(self._listen()))
+            await self._stopping.wait()
+            await self._shut_down()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._server.close()
+            await self._peers.close()
+            self._host.close()
+            if self._listener is not None:
+                self._listener.close()
+
+    # -- start ----------------------------------------------------------------------------------------------------
+
+    def _remember(self) -> tuple[ChildRecord, ...]:
+        """Read what the last supervisor left, and mark this run as unclean until it ends well."""
+        desired, self._before = self._store.load()
+        self._desired = desired or Desired()
+        self._starts = remember_start(self._before.starts, self._started_at)
+        expected = adoption.living(self._before, self._platform)
+        numbers = adoption.leftovers(self._home).values()
+        self._host.incarnation = max(self._before.incarnation, *numbers, 0)
+        event(
+            "supervisor_started",
+            home=str(self._home.root),
+            last_clean_shutdown=self._before.last_clean_shutdown,
+            left_behind=len(expected),
+        )
+        if self._host.preload is not None:
+            event("blas_preload", library=self._host.preload.library)
+        self._recorded = expected
+        self._save()
+        return expected
+
+    async def _restore(self, expected: tuple[ChildRecord, ...]) -> None:
+        host = self._host
+        gateway = host.add(GATEWAY, gateway_policy(self._config.lifecycle))
+        host.feed(gateway, ev.Want())
+        for model in self._to_load():
+            managed = add_model(host, model.id, model.path, model.added_at)
+            host.feed(managed, ev.Want())
+        unrecorded = not expected and not self._before.last_clean_shutdown and bool(adoption.leftovers(self._home))
+        await adoption.adopt(host, self._changes, expected, unrecorded=unrecorded)
+        adoption.sweep(host)
+        self._recorded = ()
+        host.release()
+        self._save()
+
+    def _to_load(self) -> list[DesiredModel]:
+        """Return what should be live: the stored intent, then configured models that nobody unloaded."""
+        models = list(self._desired.models)
+        known = {model.id for model in models} | set(self._desired.unloaded)
+        for model in self._config.models.auto_load:
+            folder = self._home.models / model.replace("/", "--", 1)
+            if model in known:
+                continue
+            if folder.is_dir():
+                models.append(DesiredModel(model, str(folder), time.time()))
+            else:
+                event("auto_load_skipped", level="WARNING", model=model, hint=f"lmx-supervisor pull {model}")
+        return models
+
+    def _handed_back(self, descriptor: int) -> None:
+        """A gateway of an earlier supervisor returns the listening socket."""
+        sock = socket.socket(fileno=descriptor)
+        if self._listener is None and serves(sock, self._config.gateway):
+            self._use(sock)
+        else:
+            sock.close()
+
+    def _use(self, sock: socket.socket) -> None:
+        self._listener = sock
+        self._host.listen_fd = sock.fileno()
+
+    async def _listen(self) -> None:
+        """Open the listening socket, again and again while somebody else holds the port."""
+        told = ""
+        gateway = self._host.slots[GATEWAY]
+        if self._listener is None and gateway.child is not None:
+            # It listens where the configuration no longer says; the next one gets the right socket.
+            self._host.feed(gateway, ev.Restart())
+        while self._listener is None:
+            try:
+                self._use(listen(self._config.gateway))
+            except PortTakenError as error:
+                if told != str(error):
+                    told = str(error)
+                    event("port_taken", level="CRITICAL", reason=told, hint="trying again every second")
+                await asyncio.sleep(_PORT_RETRY_S)
+        event("listening", url=url_of(self._listener))
+        self._host.wake()
+
+    # -- while running --------------------------------------------------------------------------------------------
+
+    async def _greet(self, hello: control.Hello, connection: Connection) -> None:
+        match hello:
+            case control.WorkerHello():
+                await self._peers.worker(hello, connection)
+            case control.GatewayHello():
+                await self._peers.gateway(hello, connection)
+            case control.CliHello():
+                await self._commands.serve(connection)
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.lifecycle.heartbeat_s)
+            for managed in self._host.slots.values():
+                managed.tell(control.Ping())
+
+    async def _sample(self) -> None:
+        while True:
+            for managed in list(self._host.slots.values()):
+                pid = managed.slot.pid
+                sampled = await asyncio.to_thread(self._platform.footprint, pid) if pid else None
+                managed.memory_bytes = sampled if pid == managed.slot.pid else None
+            await asyncio.sleep(_SAMPLE_S)
+
+    def _changed(self) -> None:
+        """Something visible changed: tell everyone once the present events are done."""
+        if not self._publishing:
+            self._publishing = True
+            asyncio.get_running_loop().call_soon(self._publish)
+
+    def _publish(self) -> None:
+        self._publishing = False
+        self._changes.ring()
+        gateway = self._host.slots.get(GATEWAY)
+        if gateway is not None and self._refresh_catalog():
+            gateway.tell(self._catalog())
+        children = self._children()
+        if children != self._recorded and not self._host.holding:
+            self._save()
+        self._tell_first(gateway is not None and gateway.slot.state is ModelState.READY)
+
+    def _tell_first(self, serving: bool) -> None:
+        ready = [m.model for m in self._host.models() if m.slot.state is ModelState.READY]
+        if serving and ready and self._announce is not None and self._listener is not None:
+            self._announce(url_of(self._listener), ready[0])
+            self._announce = None
+
+    def _refresh_catalog(self) -> bool:
+        """Look at all models again; return whether a client would see a difference."""
+        now = time.monotonic()
+        models = [views.catalog_model(managed, now) for managed in self._host.models()]
+        loaded = {model.id for model in models}
+        models += [
+            views.loadable_model(model, folder)
+            for model, folder in views.loadable_folders(self._home.models).items()
+            if model not in loaded
+        ]
+        if models == self._catalog_models:
+            return False
+        self._catalog_models = models
+        self._catalog_version += 1
+        return True
+
+    def _catalog(self) -> control.Catalog:
+        return control.Catalog(self._catalog_version, self._catalog_models)
+
+    def _status(self) -> dict[str, Any]:
+        return views.status_document(
+            self._host.slots.values(),
+            url=url_of(self._listener) if self._listener is not None else "",
+            started_at=self._started_at,
+            durable=self._store.durable,
+            problem=self._store.problem,
+            now=time.monotonic(),
+        )
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def _intend(self, model: str, path: str, added_at: float) -> None:
+        models = tuple(m for m in self._desired.models if m.id != model)
+        unloaded = tuple(m for m in self._desired.unloaded if m != model)
+        self._desired = Desired((*models, DesiredModel(model, path, added_at)), unloaded)
+        self._store.save_desired(self._desired)
+
+    def _forget(self, model: str) -> None:
+        models = tuple(m for m in self._desired.models if m.id != model)
+        unloaded = tuple(m for m in self._desired.unloaded if m != model)
+        if model in self._config.models.auto_load:
+            unloaded = (*unloaded, model)
+        self._desired = Desired(models, unloaded)
+        self._store.save_desired(self._desired)
+
+    def _children(self) -> tuple[ChildRecord, ...]:
+        return tuple(
+            ChildRecord(m.name, m.model, m.slot.incarnation, m.child.pid, m.child.started)
+            for m in self._host.slots.values()
+            if m.child is not None
+        )
+
+    def _save(self, *, clean: bool = False) -> None:
+        if not self._host.holding or clean:
+            self._recorded = self._children()
+        self._store.save_runtime(
+            Runtime(
+                pid=os.getpid(),
+                boot_id=self._platform.boot_id(),
+                started_at=self._started_at,
+                starts=self._starts,
+                incarnation=self._host.incarnation,
+                children=self._recorded,
+                loaded_models=tuple(m.model for m in self._host.models() if m.slot.wanted),
+                last_clean_shutdown=clean,
+                shutdown_reason=self._stop_reason if clean else "",
+                saved_at=time.time(),
+                snapshot=self._status(),
+            )
+        )
+
+    # -- stop -----------------------------------------------------------------------------------------------------
+
+    def _stop(self, reason: str) -> None:
+        if self._stopping.is_set():
+            self._hurry.set()  # asked twice: do not wait for running requests
+            return
+        self._stop_reason = reason
+        self._journal.write("supervisor_stopping", reason=reason)
+        self._stopping.set()
+
+    async def _shut_down(self) -> None:
+        """Let running requests end, then end the gateway, then the workers. Deadlines are the lifecycle's."""
+        host = self._host
+        loaded = tuple(m.model for m in host.models() if m.slot.wanted)
+        host.holding = True
+        gateway = host.slots[GATEWAY]
+        host.feed(gateway, ev.Unwant())
+        hurry = asyncio.get_running_loop().create_task(self._hurry.wait())
+        hurry.add_done_callback(lambda task: None if task.cancelled() else host.feed(gateway, ev.Unwant(force=True)))
+        await self._changes.wait_for(lambda: gateway.slot.state is ModelState.STOPPED)
+        hurry.cancel()
+        for managed in host.models():
+            host.feed(managed, ev.Unwant(force=True))
+        await self._changes.wait_for(lambda: all(m.slot.state is ModelState.STOPPED for m in host.models()))
+        self._save(clean=True)
+        with contextlib.suppress(OSError):
+            Path(self._home.control_socket).unlink()
+        self._journal.write("supervisor_stopped", reason=self._stop_reason, models=len(loaded))

@@ -1,0 +1,338 @@
+"""Owns every slot: feeds events into the pure lifecycle and carries its actions out on real processes."""
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from protocol import control
+from protocol.channel import Channel, ChannelClosedError
+from protocol.config import Config
+from protocol.messages import Message, encode
+from protocol.paths import Home
+from protocol.spec import GatewaySpec, WorkerSpec, write_spec
+from protocol.states import ModelState, Phase
+from supervisor import events as ev
+from supervisor import lifecycle as life
+from supervisor.children import Child, spawn
+from supervisor.environment import worker_environment
+from supervisor.exits import ExitRecord, classify
+from supervisor.journal import Journal
+from supervisor.platform.base import Platform
+from supervisor.restarts import RestartPolicy
+from supervisor.slot import Settings, Slot
+
+GATEWAY: Final = "gateway"
+_MAX_SLEEP_S: Final = 1.0
+
+
+@dataclass(eq=False)
+class Managed:
+    """One slot with the process, connection and reports that belong to it. `model` is empty for the gateway."""
+
+    name: str
+    settings: Settings
+    model: str = ""
+    path: str = ""
+    created_at: float = 0.0
+    slot: Slot = field(default_factory=Slot)
+    child: Child | None = None
+    channel: Channel | None = None
+    endpoint: str = ""
+    capabilities: control.Capabilities | None = None
+    heartbeat: control.Heartbeat | None = None
+    memory_bytes: int | None = None
+    last_words: str = ""
+
+    def tell(self, message: Message) -> bool:
+        """Send the process a message; return whether there was a connection."""
+        if self.channel is None:
+            return False
+        try:
+            self.channel.send(encode(message))
+        except ChannelClosedError:
+            return False
+        return True
+
+
+class Host:
+    """All slots of this machine. `changed` is called after any visible change, `saved` when processes changed."""
+
+    def __init__(
+        self, home: Home, config: Config, platform: Platform, journal: Journal, changed: Callable[[], None]
+    ) -> None:
+        self.home = home
+        self.config = config
+        self.platform = platform
+        self.journal = journal
+        self.slots: dict[str, Managed] = {}
+        #: Number of the newest process of any slot; never used twice on one home.
+        self.incarnation = 0
+        #: The listening socket's descriptor, inherited by each gateway; no gateway starts while it is -1.
+        self.listen_fd = -1
+        #: While True nothing is started: processes of an earlier supervisor may still introduce themselves.
+        self.holding = True
+        self._changed = changed
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_due = 0.0
+        self._pumping = False
+        self._random = random.Random()  # noqa: S311 - spreads delays
+        self.preload = platform.preload(home.run / "lib") if config.worker.preload_blas else None
+
+    # -- slots ----------------------------------------------------------------------------------------------------
+
+    def add(
+        self, name: str, policy: RestartPolicy, *, model: str = "", path: str = "", created_at: float = 0
+    ) -> Managed:
+        """Make a slot; it stays stopped until it is wanted."""
+        settings = Settings(self.config.lifecycle, policy)
+        self.slots[name] = Managed(name, settings, model=model, path=path, created_at=created_at)
+        return self.slots[name]
+
+    def remove(self, managed: Managed) -> None:
+        """Forget a stopped slot."""
+        assert managed.child is None, "a slot with a process is not forgotten"
+        self.slots.pop(managed.name, None)
+        self._changed()
+
+    def models(self) -> list[Managed]:
+        """Return the slots of models, oldest first."""
+        return [managed for managed in self.slots.values() if managed.model]
+
+    def find(self, model: str) -> Managed | None:
+        """Return the slot of a model id."""
+        return next((managed for managed in self.models() if managed.model == model), None)
+
+    # -- events and actions ---------------------------------------------------------------------------------------
+
+    def feed(self, managed: Managed, event: ev.Event) -> None:
+        """Let something happen to a slot, and do what follows from it."""
+        before = managed.slot
+        managed.slot, actions = life.advance(before, event, time.monotonic(), managed.settings)
+        self._write_down(managed, before)
+        for action in actions:
+            self._act(managed, action)
+        if managed.slot != before:
+            self._changed()
+        self._pump_soon()
+
+    def _act(self, managed: Managed, action: ev.Action) -> None:
+        slot = managed.slot
+        match action:
+            case ev.Action.ASK_DRAIN:
+                if not managed.tell(control.Drain(self.config.lifecycle.drain_s)):
+                    self.feed(managed, ev.Unwant(force=True) if not slot.wanted else ev.Restart(force=True))
+            case ev.Action.ASK_STOP:
+                if not managed.tell(control.Stop("asked")):
+                    self._signal(managed, signal.SIGTERM)
+            case ev.Action.DUMP_STACKS:
+                self.journal.write("hung", level="ERROR", model=managed.model, slot=managed.name, reason=slot.condemned)
+                self._signal(managed, signal.SIGUSR1)
+            case ev.Action.TERMINATE:
+                self._signal(managed, signal.SIGTERM)
+            case ev.Action.KILL:
+                self._signal(managed, signal.SIGKILL)
+
+    def _signal(self, managed: Managed, number: signal.Signals) -> None:
+        if managed.child is not None:
+            managed.child.signal(number)
+
+    def _write_down(self, managed: Managed, before: Slot) -> None:
+        slot = managed.slot
+        if slot.late and not before.late:
+            self.journal.write("heartbeat_late", level="WARNING", model=managed.model, slot=managed.name, pid=slot.pid)
+        if slot.state is before.state:
+            return
+        trouble = slot.state in {ModelState.BACKOFF, ModelState.QUARANTINED}
+        self.journal.write(
+            "model_readiness_changed" if managed.model else "gateway_state_changed",
+            level="WARNING" if trouble else "INFO",
+            model=managed.model,
+            state=slot.state.value,
+            was=before.state.value,
+            pid=slot.pid or before.pid,
+            incarnation=slot.incarnation,
+            reason=slot.reason,
+        )
+
+    # -- processes ------------------------------------------------------------------------------------------------
+
+    def adopt(self, managed: Managed, pid: int, incarnation: int, phase: Phase) -> bool:
+        """Take over a process of an earlier supervisor; return whether it still lives."""
+        started = self.platform.process_started(pid)
+        if started is None:
+            return False
+        try:
+            managed.child = Child(self.platform, pid, started, lambda code: self._ended(managed, code))
+        except ProcessLookupError:
+            return False
+        self.incarnation = max(self.incarnation, incarnation)
+        self.journal.write("process_adopted", model=managed.model, slot=managed.name, pid=pid, incarnation=incarnation)
+        self.feed(managed, ev.Adopted(pid, incarnation, phase))
+        return True
+
+    def start(self, managed: Managed) -> None:
+        """Spawn the next incarnation of a slot."""
+        self.incarnation += 1
+        incarnation = self.incarnation
+        managed.last_words = ""
+        managed.heartbeat = managed.memory_bytes = managed.capabilities = None
+        try:
+            managed.child = self._spawn(managed, incarnation)
+        except OSError as error:
+            record = ExitRecord("start_failed", f"could not be started: {error.strerror}", time.time())
+            self.feed(managed, ev.SpawnFailed(record, self._luck()))
+            return
+        self.journal.write(
+            "process_started", model=managed.model, slot=managed.name, pid=managed.child.pid, incarnation=incarnation
+        )
+        self.feed(managed, ev.Started(managed.child.pid, incarnation))
+
+    def _spawn(self, managed: Managed, incarnation: int) -> Child:
+        home, config = self.home, self.config
+        file = home.spec(managed.name, incarnation)
+        output = home.logs / f"{managed.name}.out"
+        log_file = str(home.logs / f"{managed.name}.log")
+        environ: Mapping[str, str] = {**os.environ, "LMX_HOME": str(home.root)}
+        if not managed.model:
+            spec = GatewaySpec(
+                incarnation,
+                self.listen_fd,
+                str(home.control_socket),
+                log_file,
+                config.log.level,
+                config.gateway,
+                config.lifecycle,
+            )
+            write_spec(file, spec)
+            return spawn(
+                self.platform,
+                GATEWAY,
+                file,
+                output=output,
+                environ=environ,
+                gone=lambda code: self._ended(managed, code),
+                pass_fds=(self.listen_fd,),
+            )
+        managed.endpoint = str(home.endpoint(managed.name, incarnation))
+        worker = WorkerSpec(
+            managed.name,
+            managed.model,
+            incarnation,
+            managed.path,
+            managed.endpoint,
+            str(home.control_socket),
+            log_file,
+            config.log.level,
+            config.models,
+            config.lifecycle,
+            self.preload.library if self.preload is not None else "",
+        )
+        write_spec(file, worker)
+        return spawn(
+            self.platform,
+            config.worker.module,
+            file,
+            output=output,
+            environ=worker_environment(environ, self.preload, config.worker.blas_threads),
+            gone=lambda code: self._ended(managed, code),
+        )
+
+    def _ended(self, managed: Managed, returncode: int | None) -> None:
+        slot = managed.slot
+        asked = slot.state is ModelState.STOPPING or not slot.wanted
+        record = classify(
+            returncode, at=time.time(), asked=asked, hung=bool(slot.condemned), last_words=managed.last_words
+        )
+        self.journal.write(
+            "process_exited",
+            level="INFO" if asked and not slot.condemned else "ERROR",
+            model=managed.model,
+            slot=managed.name,
+            pid=slot.pid,
+            incarnation=slot.incarnation,
+            exit_class=record.name,
+            code=record.code,
+            signal=record.signal,
+            reason=record.reason,
+            state=slot.state.value,
+        )
+        managed.child = None
+        if managed.channel is not None:
+            managed.channel.close("its process ended")
+            managed.channel = None
+        for leftover in (self.home.spec(managed.name, slot.incarnation), Path(managed.endpoint or os.devnull)):
+            if leftover.suffix in {".json", ".sock"}:
+                with contextlib.suppress(OSError):
+                    leftover.unlink()
+        self.feed(managed, ev.Exited(record, self._luck()))
+
+    def _luck(self) -> float:
+        return self._random.uniform(-1, 1)
+
+    # -- time -----------------------------------------------------------------------------------------------------
+
+    def _pump_soon(self) -> None:
+        if not self._pumping:
+            self._pumping = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        """Start what is due and arrange to be woken at the next deadline."""
+        self._pumping = False
+        now = time.monotonic()
+        if not self.holding:
+            self._start_due(now)
+        self._arm(self.slots.values(), now)
+
+    def _start_due(self, now: float) -> None:
+        gateway = self.slots.get(GATEWAY)
+        if self.listen_fd >= 0 and gateway is not None and gateway.slot.waiting and gateway.slot.retry_at <= now:
+            self.start(gateway)
+        models = self.models()
+        chosen = life.may_start([managed.slot for managed in models], now)
+        if chosen is not None:
+            self.start(models[chosen])
+
+    def release(self) -> None:
+        """Start to start: everything that could be adopted has been."""
+        self.holding = False
+        self.wake()
+
+    def wake(self) -> None:
+        """Look again at what is due."""
+        self._pump_soon()
+
+    def _arm(self, slots: Iterable[Managed], now: float) -> None:
+        due = now + _MAX_SLEEP_S
+        for managed in slots:
+            when = life.next_deadline(managed.slot, managed.settings)
+            # A waiting slot that is due already waits only for the loading place; the end of that load wakes us.
+            if when is not None and (when > now or not managed.slot.waiting):
+                due = min(due, max(when, now))
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_due = due
+        self._timer = asyncio.get_running_loop().call_later(max(0.0, due - now), self._tick)
+
+    def _tick(self) -> None:
+        late = time.monotonic() - self._timer_due
+        if late > self.config.lifecycle.slept_s:
+            self.journal.write("slept", level="WARNING", seconds=round(late, 1))
+        for managed in list(self.slots.values()):
+            self.feed(managed, ev.Tick(late))
+        self._pump_soon()
+
+    def close(self) -> None:
+        """Stop the clock; living processes are left alone."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for managed in self.slots.values():
+            if managed.child is not None:
+                managed.child.forget()

@@ -1,0 +1,125 @@
+"""Conversations with workers and gateways over the control socket, and what becomes of processes nobody knows."""
+
+import asyncio
+import os
+from collections.abc import Callable
+
+from protocol import PROTOCOL_VERSION, control
+from protocol.channel import ChannelClosedError
+from protocol.logs import event
+from protocol.messages import encode
+from protocol.states import Phase
+from supervisor import events as ev
+from supervisor.children import end_stranger
+from supervisor.host import GATEWAY, Host, Managed
+from supervisor.server import Connection
+
+
+class Peers:
+    """Ties connections to slots. `catalog` returns what a gateway is to be told first.
+
+    `handed_back(fd)` receives the listening socket of a gateway that outlived an earlier supervisor.
+    """
+
+    def __init__(self, host: Host, catalog: Callable[[], control.Catalog], handed_back: Callable[[int], None]) -> None:
+        self._host = host
+        self._catalog = catalog
+        self._handed_back = handed_back
+        self._strangers: set[asyncio.Task[None]] = set()
+
+    async def worker(self, hello: control.WorkerHello, connection: Connection) -> None:
+        """Serve one worker until its connection ends."""
+        managed = self._host.find(hello.model)
+        if managed is None or not self._belongs(managed, hello, connection):
+            self._dismiss(hello.pid, connection, f"worker {hello.model}")
+            return
+        if hello.capabilities is not None:
+            managed.capabilities = hello.capabilities
+        managed.endpoint = hello.endpoint
+        self._attach(managed, connection)
+        await self._listen(managed, connection)
+
+    async def gateway(self, hello: control.GatewayHello, connection: Connection) -> None:
+        """Serve the gateway until its connection ends."""
+        managed = self._host.slots[GATEWAY]
+        descriptor = connection.channel.take_fd()
+        if descriptor is not None:
+            self._handed_back(descriptor)
+        if not self._belongs(managed, hello, connection):
+            self._dismiss(hello.pid, connection, "gateway")
+            return
+        self._attach(managed, connection)
+        connection.channel.send(encode(self._catalog()))
+        await self._listen(managed, connection)
+
+    async def close(self) -> None:
+        """Wait for the strangers that are being ended."""
+        await asyncio.gather(*self._strangers, return_exceptions=True)
+
+    def _belongs(
+        self, managed: Managed, hello: control.WorkerHello | control.GatewayHello, connection: Connection
+    ) -> bool:
+        """Return whether the peer is the slot's process, after adopting it if the slot has none."""
+        # Who is at the other end is what the system says; a hello alone proves nothing.
+        if hello.protocol != PROTOCOL_VERSION or hello.pid != connection.pid:
+            return False
+        if managed.slot.pid == hello.pid and managed.slot.incarnation == hello.incarnation:
+            return True
+        if managed.child is not None or not managed.slot.wanted:
+            return False
+        phase = hello.phase if isinstance(hello, control.WorkerHello) else Phase.IDLE
+        return self._host.adopt(managed, hello.pid, hello.incarnation, phase)
+
+    def _attach(self, managed: Managed, connection: Connection) -> None:
+        if managed.channel is not None:
+            managed.channel.close("replaced by a newer connection")
+        managed.channel = connection.channel
+        managed.tell(control.Welcome(PROTOCOL_VERSION, self._host.config.lifecycle.lease_s))
+        self._host.feed(managed, ev.Helloed())
+
+    async def _listen(self, managed: Managed, connection: Connection) -> None:
+        try:
+            while True:
+                message = await connection.receive()
+                if managed.channel is not connection.channel:
+                    return
+                self._hear(managed, message)
+        except ChannelClosedError:
+            if managed.channel is connection.channel:
+                managed.channel = None
+
+    def _hear(self, managed: Managed, message: control.ToSupervisor) -> None:
+        feed = self._host.feed
+        match message:
+            case control.Loading(done, total):
+                feed(managed, ev.Moved(done, total))
+            case control.Ready(capabilities, load_s):
+                managed.capabilities = capabilities
+                feed(managed, ev.BecameReady(load_s))
+            case control.GatewayReady():
+                feed(managed, ev.BecameReady(0.0))
+            case control.Heartbeat():
+                managed.heartbeat = message
+                feed(managed, ev.Beat(message.phase, message.step))
+            case control.GatewayHeartbeat():
+                feed(managed, ev.Beat(Phase.IDLE, 0))
+            case control.Dying(_, words):
+                managed.last_words = words
+            case control.Drained():
+                feed(managed, ev.HasDrained())
+            case _:
+                event("control_protocol_error", level="WARNING", pid=managed.slot.pid)
+
+    def _dismiss(self, pid: int, connection: Connection, what: str) -> None:
+        """A process that is not wanted, or of another version: it is asked to end, and then made to."""
+        self._host.journal.write("stranger_dismissed", level="WARNING", what=what, pid=connection.pid)
+        connection.channel.send(encode(control.Stop("not wanted here")))
+        started = self._host.platform.process_started(connection.pid)
+        if pid != connection.pid or started is None or connection.pid == os.getpid():
+            return
+        lifecycle = self._host.config.lifecycle
+        task = asyncio.get_running_loop().create_task(
+            end_stranger(self._host.platform, connection.pid, started, grace_s=lifecycle.stop_min_s)
+        )
+        self._strangers.add(task)
+        task.add_done_callback(self._strangers.discard)

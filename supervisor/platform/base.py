@@ -1,0 +1,44 @@
+"""The interface between the supervisor and the operating system it runs on."""
+
+import asyncio
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from supervisor.platform.blas import Preload
+
+
+class ExitWatch(Protocol):
+    """A watch for the end of a process."""
+
+    def close(self) -> None:
+        """Stop watching."""
+
+
+class Platform(Protocol):
+    """What the supervisor asks of the system. Sizes are bytes; None means unknown, which is never 0."""
+
+    def boot_id(self) -> str:
+        """Return a text that changes with each boot."""
+
+    def process_started(self, pid: int) -> float | None:
+        """Return when the process started, on a clock that tells a reused pid; None if there is no such process."""
+
+    def watch_exit(self, loop: asyncio.AbstractEventLoop, pid: int, gone: Callable[[], None]) -> ExitWatch:
+        """Call `gone` once when the process (child or not) ends; raise `ProcessLookupError` if it already has."""
+
+    def footprint(self, pid: int) -> int | None:
+        """Return the memory the process really occupies."""
+
+    def peer(self, sock: socket.socket) -> tuple[int, int]:
+        """Return (uid, pid) of the other end of a unix socket."""
+
+    def full_sync(self, descriptor: int) -> None:
+        """Make what was written survive a power loss."""
+
+    def preload(self, links: Path) -> Preload | None:
+        """Return a matrix library that workers should preload, None if there is none that works.
+
+        `links` is a folder of ours in which a link may be made.
+        """

@@ -1,0 +1,103 @@
+"""What operators read: the status table, sizes and times in words. Pure functions from the status document."""
+
+import time
+from typing import Any, Final
+
+_KIB: Final = 1024.0
+_MINUTE: Final = 60
+_HOUR: Final = 3600
+_DAY: Final = 86400
+_HEADINGS: Final = ("MODEL", "STATE", "PID", "INC", "RESTARTS", "MEM", "RUN", "WAIT", "LAST EXIT")
+_MAX_REASON: Final = 160
+
+
+def size(count: int | None) -> str:
+    """Return bytes in words, "?" when unknown."""
+    if count is None:
+        return "?"
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < _KIB:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= _KIB
+    return f"{value:.1f} TiB"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in words, at most two units."""
+    whole = int(seconds)
+    if whole < _MINUTE:
+        return f"{whole} s"
+    if whole < _HOUR:
+        return f"{whole // _MINUTE} min {whole % _MINUTE} s"
+    if whole < _DAY:
+        return f"{whole // _HOUR} h {whole % _HOUR // _MINUTE} min"
+    return f"{whole // _DAY} d {whole % _DAY // _HOUR} h"
+
+
+def status_text(document: dict[str, Any]) -> str:
+    """Return the status document as lines for a person."""
+    supervisor, gateway = document["supervisor"], document["gateway"]
+    lines = [f"supervisor  pid {supervisor['pid']}, up {duration(supervisor['uptime_s'])}"]
+    if not supervisor.get("state_durable", True):
+        lines.append(f"STATE NOT DURABLE: {supervisor.get('state_problem')}")
+    if gateway is not None:
+        pid = f"pid {gateway['pid']}, " if gateway["pid"] else ""
+        lines.append(f"gateway     {pid}{gateway['state']}, {gateway['url'] or 'not listening'}{_restarts(gateway)}")
+    lines.append("")
+    if not document["models"]:
+        lines.append("no models; load one with: lmx-supervisor load smollm2-135m-instruct")
+        return "\n".join(lines)
+    rows = [_HEADINGS, *(_row(model) for model in document["models"])]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    notes = [_note(model) for model in document["models"]]
+    lines += [note for note in notes if note]
+    return "\n".join(lines)
+
+
+def _row(model: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        model["id"],
+        _state(model),
+        str(model["pid"] or "-"),
+        f"#{model['incarnation']}" if model["incarnation"] else "-",
+        str(model["restarts"]),
+        size(model["memory_bytes"]) if model["pid"] else "-",
+        _count(model["running"]),
+        _count(model["waiting"]),
+        _last_exit(model["last_exit"]),
+    )
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _state(model: dict[str, Any]) -> str:
+    state: str = model["state"]
+    progress = model["progress"]
+    if state == "loading" and progress["total_bytes"]:
+        return f"loading {100 * progress['done_bytes'] // progress['total_bytes']} %"
+    if state == "backoff" and model["retry_in_s"] is not None:
+        return f"backoff {model['retry_in_s']:.0f} s"
+    return f"{state} (late)" if model["heartbeat_late"] else state
+
+
+def _last_exit(record: dict[str, Any] | None) -> str:
+    if record is None:
+        return "-"
+    how = record["signal"] or ("" if record["code"] is None else f"exit {record['code']}")
+    ago = duration(max(0.0, time.time() - record["at"]))
+    return f"{record['class']}{f' {how}' if how else ''}, {ago} ago"
+
+
+def _restarts(gateway: dict[str, Any]) -> str:
+    return f", restarts {gateway['restarts']}, last {_last_exit(gateway['last_exit'])}" if gateway["restarts"] else ""
+
+
+def _note(model: dict[str, Any]) -> str:
+    if model["state"] != "quarantined":
+        return ""
+    reason = (model["reason"] or "")[:_MAX_REASON]
+    return f"{model['id']} was set aside: {reason}\n  try again with: lmx-supervisor restart-worker {model['id']}"

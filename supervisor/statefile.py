@@ -1,0 +1,145 @@
+"""A small durable file: one header line and a JSON payload, replaced atomically, with the previous one kept.
+
+The header is `{"kind","schema","sequence","length","sha256"}`. Saving writes a temporary file, syncs it, renames the
+live file to `.prev` and the temporary one to the live name, and syncs the directory (design 9). A file that does not
+check out is kept aside as `.bad`, never an exception; a file of a newer schema is left alone and not overwritten.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+_MAX_BYTES: Final = 16 * 1024 * 1024
+
+
+class _Header(msgspec.Struct):
+    kind: str
+    schema: int
+    sequence: int
+    length: int
+    sha256: str
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """What was found: the payload (None if nothing usable) and what was wrong on the way, in words."""
+
+    payload: Any
+    problems: tuple[str, ...] = ()
+
+
+class _UnusableError(Exception):
+    """The file is damaged; the text says how."""
+
+
+class _NewerSchemaError(Exception):
+    """The file was written by a later version."""
+
+
+class StateFile:
+    """One durable document, owned by one process. `sync` makes a descriptor's data survive a power loss."""
+
+    def __init__(self, file: Path, *, kind: str, schema: int, sync: Callable[[int], None] = os.fsync) -> None:
+        self._file = file
+        self._kind = kind
+        self._schema = schema
+        self._sync = sync
+        self._sequence = 0
+        self._read_only = False
+
+    @property
+    def _previous(self) -> Path:
+        return self._file.with_name(self._file.name + ".prev")
+
+    def load(self) -> Loaded:
+        """Return the newest usable payload: the live file's, else the previous one's, else None."""
+        problems: list[str] = []
+        for candidate in (self._file, self._previous):
+            try:
+                return Loaded(self._read(candidate), tuple(problems))
+            except FileNotFoundError:
+                continue
+            except _NewerSchemaError as error:
+                self._read_only = True
+                return Loaded(None, (*problems, str(error)))
+            except (OSError, _UnusableError) as error:
+                problems.append(f"{candidate.name}: {error}")
+                _keep_aside(candidate)
+        return Loaded(None, tuple(problems))
+
+    def peek(self) -> Any:
+        """Return the payload without touching anything, for a reader that does not own the file; None if unusable."""
+        for candidate in (self._file, self._previous):
+            try:
+                return self._read(candidate)
+            except (OSError, _UnusableError, _NewerSchemaError):
+                continue
+        return None
+
+    def save(self, payload: object) -> None:
+        """Replace the document durably; raise `OSError` if the disk does not take it (the old one then stays)."""
+        if self._read_only:
+            msg = f"{self._file} was written by a newer version and is left as it is"
+            raise OSError(msg)
+        body = msgspec.json.encode(payload)
+        header = _Header(self._kind, self._schema, self._sequence + 1, len(body), hashlib.sha256(body).hexdigest())
+        temporary = self._file.with_name(self._file.name + ".tmp")
+        self._write(temporary, msgspec.json.encode(header) + b"\n" + body)
+        if self._file.exists():
+            self._file.replace(self._previous)
+        temporary.replace(self._file)
+        self._sync_directory()
+        self._sequence += 1
+
+    def _write(self, file: Path, data: bytes) -> None:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            written = os.write(descriptor, data)
+            while written < len(data):  # a full disk gives a short write first
+                written += os.write(descriptor, data[written:])
+            self._sync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _sync_directory(self) -> None:
+        descriptor = os.open(self._file.parent, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _read(self, file: Path) -> Any:
+        with file.open("rb") as stream:
+            data = stream.read(_MAX_BYTES + 1)
+        line, _, body = data.partition(b"\n")
+        try:
+            header = msgspec.json.decode(line, type=_Header)
+        except (msgspec.MsgspecError, RecursionError):
+            reason = "the header cannot be read"
+            raise _UnusableError(reason) from None
+        if header.kind != self._kind:
+            reason = f"it holds {header.kind!r:.40}, not {self._kind}"
+            raise _UnusableError(reason)
+        if header.length != len(body) or header.sha256 != hashlib.sha256(body).hexdigest():
+            reason = "the contents do not match the checksum"
+            raise _UnusableError(reason)
+        if header.schema > self._schema:
+            reason = f"{file} has schema {header.schema}; this version knows {self._schema} and leaves it as it is"
+            raise _NewerSchemaError(reason)
+        try:
+            payload = msgspec.json.decode(body)
+        except (msgspec.MsgspecError, RecursionError):
+            reason = "the contents are not JSON"
+            raise _UnusableError(reason) from None
+        self._sequence = max(self._sequence, header.sequence)
+        return payload
+
+
+def _keep_aside(file: Path) -> None:
+    try:
+        file.replace(file.with_name(file.name + ".bad"))
+    except OSError:
+        return  # an unreadable folder is reported by the next save

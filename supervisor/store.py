@@ -1,0 +1,113 @@
+"""What the supervisor remembers over its own death: what should be live (desired) and what was (runtime)."""
+
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from protocol.logs import event
+from protocol.paths import Home
+from supervisor.platform.base import Platform
+from supervisor.statefile import StateFile
+
+_SCHEMA: Final = 1
+_MAX_STARTS: Final = 16
+PayloadT = TypeVar("PayloadT", bound=msgspec.Struct)
+
+
+class DesiredModel(msgspec.Struct, frozen=True):
+    """A model that should be live. `added_at` is Unix time in seconds."""
+
+    id: str
+    path: str
+    added_at: float
+
+
+class Desired(msgspec.Struct, frozen=True):
+    """Operator intent. `unloaded` keeps configured models down that an operator unloaded."""
+
+    models: tuple[DesiredModel, ...] = ()
+    unloaded: tuple[str, ...] = ()
+
+
+class ChildRecord(msgspec.Struct, frozen=True):
+    """A process as it was last seen; `started` and the boot id tell it from a stranger with its pid."""
+
+    slot: str
+    model: str
+    incarnation: int
+    pid: int
+    started: float
+
+
+class Runtime(msgspec.Struct, frozen=True):
+    """How the last supervisor left things."""
+
+    pid: int = 0
+    boot_id: str = ""
+    started_at: float = 0.0
+    starts: tuple[float, ...] = ()
+    incarnation: int = 0
+    children: tuple[ChildRecord, ...] = ()
+    loaded_models: tuple[str, ...] = ()
+    last_clean_shutdown: bool = False
+    shutdown_reason: str = ""
+    saved_at: float = 0.0
+    #: The last status document, for `status` while no supervisor runs.
+    snapshot: dict[str, Any] | None = None
+
+
+class Store:
+    """Both state files. A disk that refuses them is reported once and does not stop the service."""
+
+    def __init__(self, home: Home, platform: Platform) -> None:
+        sync = platform.full_sync
+        self._desired = StateFile(home.state / "desired", kind="lmx.desired", schema=_SCHEMA, sync=sync)
+        self._runtime = StateFile(home.state / "runtime", kind="lmx.runtime", schema=_SCHEMA, sync=sync)
+        self.durable = True
+        self.problem = ""
+
+    def load(self) -> tuple[Desired | None, Runtime]:
+        """Return what was stored; None for the intent if there is none that can be used."""
+        desired = _decode(self._desired, Desired, "desired")
+        runtime = _decode(self._runtime, Runtime, "runtime")
+        return desired, runtime or Runtime()
+
+    def save_desired(self, desired: Desired) -> None:
+        """Store the intent."""
+        self._save(self._desired, desired)
+
+    def save_runtime(self, runtime: Runtime) -> None:
+        """Store how things are."""
+        self._save(self._runtime, runtime)
+
+    def _save(self, file: StateFile, payload: msgspec.Struct) -> None:
+        try:
+            file.save(payload)
+        except OSError as error:
+            self.problem = error.strerror or str(error)
+            if self.durable:
+                event("state_not_durable", level="ERROR", reason=self.problem)
+            self.durable = False
+        else:
+            if not self.durable:
+                event("state_durable_again")
+            self.durable = True
+            self.problem = ""
+
+
+def remember_start(starts: tuple[float, ...], now: float) -> tuple[float, ...]:
+    """Return the recent start times with this one, newest last."""
+    return (*starts, now)[-_MAX_STARTS:]
+
+
+def _decode(file: StateFile, kind: type[PayloadT], name: str) -> PayloadT | None:
+    loaded = file.load()
+    for problem in loaded.problems:
+        event("state_recovered", level="WARNING", file=name, reason=problem)
+    if loaded.payload is None:
+        return None
+    try:
+        return msgspec.convert(loaded.payload, kind)
+    except msgspec.ValidationError as error:
+        event("runtime_state_load_failed", level="ERROR", file=name, reason=str(error))
+        return None

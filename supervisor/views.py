@@ -1,0 +1,149 @@
+"""What others see of the slots: the gateway's catalog and the status document. Pure functions."""
+
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final
+
+from protocol import __version__, control
+from protocol.states import ModelState
+from supervisor.exits import ExitRecord
+from supervisor.host import GATEWAY, Managed
+
+STATUS_SCHEMA: Final = "lmx.status/1"
+_MAX_LISTED: Final = 1000
+
+
+def catalog_model(managed: Managed, now: float) -> control.CatalogModel:
+    """Return one model as the gateway should see it at monotonic time `now`."""
+    slot = managed.slot
+    code, reason, retry = _why_not(managed, now)
+    return control.CatalogModel(
+        id=managed.model,
+        state=slot.state,
+        created_at=int(managed.created_at),
+        incarnation=slot.incarnation,
+        endpoint=managed.endpoint if slot.state in {ModelState.READY, ModelState.DRAINING} else "",
+        capabilities=managed.capabilities,
+        error_code=code,
+        reason=reason,
+        retry_after_s=retry,
+        done_bytes=slot.done_bytes,
+        total_bytes=slot.total_bytes,
+    )
+
+
+def loadable_model(model: str, folder: Path) -> control.CatalogModel:
+    """Return a model that lies in the models folder and is not loaded."""
+    try:
+        created = int(folder.stat().st_mtime)
+    except OSError:
+        created = 0
+    return control.CatalogModel(
+        id=model,
+        state=ModelState.STOPPED,
+        created_at=created,
+        error_code="model_not_found",
+        reason=f"it is not loaded: lmx-supervisor load {model}",
+    )
+
+
+def loadable_folders(models: Path) -> dict[str, Path]:
+    """Return the folders under `models` that look like models, by id; at most 1,000."""
+    try:
+        found = [entry for entry in sorted(models.iterdir())[:_MAX_LISTED] if (entry / "config.json").is_file()]
+    except OSError:
+        return {}
+    return {entry.name.replace("--", "/", 1): entry for entry in found}
+
+
+def _why_not(managed: Managed, now: float) -> tuple[str, str, int | None]:
+    """Return (error code, words, seconds to wait) for a model that takes no requests; all empty for a ready one."""
+    slot = managed.slot
+    match slot.state:
+        case ModelState.READY:
+            return "", "", None
+        case ModelState.QUARANTINED:
+            return "model_quarantined", f"it was set aside: {_public(slot.last_exit, slot.reason)}", 120
+        case ModelState.BACKOFF:
+            wait = max(1, round(slot.retry_at - now) + max(1, round(slot.load_s)))
+            return "model_restarting", f"its process ended ({_public(slot.last_exit, slot.reason)})", wait
+        case ModelState.STARTING | ModelState.LOADING | ModelState.WARMING:
+            first = slot.last_exit is None
+            code = "model_loading" if first else "model_restarting"
+            return code, "it is being loaded", max(2, round(slot.load_s))
+        case _ if slot.wanted:
+            return "model_restarting", "its process is being replaced", max(2, round(slot.load_s))
+    return "model_not_found", "it is being unloaded", None
+
+
+def _public(record: ExitRecord | None, otherwise: str) -> str:
+    """Return the class of the last end: its detailed words are for operators, not for clients."""
+    return otherwise if record is None else record.name.replace("_", " ")
+
+
+def status_document(
+    slots: Iterable[Managed], *, url: str, started_at: float, durable: bool, problem: str, now: float
+) -> dict[str, Any]:
+    """Return the document of `lmx-supervisor status --json`. `now` is monotonic, `started_at` Unix time."""
+    slots = list(slots)
+    gateway = next((managed for managed in slots if managed.name == GATEWAY), None)
+    return {
+        "schema": STATUS_SCHEMA,
+        "supervisor": {
+            "pid": os.getpid(),
+            "uptime_s": round(time.time() - started_at, 3),
+            "version": __version__,
+            "state_durable": durable,
+            "state_problem": problem or None,
+        },
+        "gateway": {
+            "pid": gateway.slot.pid or None,
+            "url": url,
+            "state": gateway.slot.state.value,
+            "incarnation": gateway.slot.incarnation,
+            "restarts": gateway.slot.restarts,
+            "last_exit": _exit(gateway.slot.last_exit),
+            "memory_bytes": gateway.memory_bytes,
+        }
+        if gateway is not None
+        else None,
+        "models": [_model(managed, now) for managed in slots if managed.model],
+    }
+
+
+def _model(managed: Managed, now: float) -> dict[str, Any]:
+    slot, beat = managed.slot, managed.heartbeat
+    return {
+        "id": managed.model,
+        "state": slot.state.value,
+        "pid": slot.pid or None,
+        "incarnation": slot.incarnation,
+        "restarts": slot.restarts,
+        "last_exit": _exit(slot.last_exit),
+        "memory_bytes": managed.memory_bytes,
+        "path": managed.path,
+        "reason": slot.reason or None,
+        "state_for_s": round(now - slot.since, 3),
+        "retry_in_s": round(max(0.0, slot.retry_at - now), 3) if slot.state is ModelState.BACKOFF else None,
+        "load_s": round(slot.load_s, 3) or None,
+        "progress": {"done_bytes": slot.done_bytes, "total_bytes": slot.total_bytes},
+        "running": beat.running if beat else None,
+        "waiting": beat.waiting if beat else None,
+        "active_bytes": beat.active_bytes if beat else None,
+        "heartbeat_late": slot.late,
+    }
+
+
+def _exit(record: ExitRecord | None) -> dict[str, Any] | None:
+    if record is None:
+        return None
+    return {
+        "class": record.name,
+        "reason": record.reason,
+        "at": record.at,
+        "code": record.code,
+        "signal": record.signal,
+    }
+

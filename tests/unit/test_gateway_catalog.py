@@ -1,0 +1,157 @@
+"""Why a model does not serve, in the words and the status a client needs."""
+
+import asyncio
+
+import pytest
+
+from gateway.catalog import CatalogView, not_ready
+from gateway.control import Lease
+from gateway.middleware import canonical_path, request_id
+from gateway.requests import Request, RequestState, Rids
+from gateway.traffic import Traffic
+from protocol.control import Catalog, CatalogModel
+from protocol.data import Delta, Finish, Usage
+from protocol.errors import LmxError
+from protocol.states import ModelState
+
+
+def model(state: ModelState = ModelState.READY, error_code: str = "", retry_after_s: int | None = None) -> CatalogModel:
+    return CatalogModel("org/tiny", state, 1, error_code=error_code, reason="", retry_after_s=retry_after_s)
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "status"),
+    [
+        (ModelState.STOPPED, "model_not_found", 404),
+        (ModelState.STARTING, "model_loading", 503),
+        (ModelState.LOADING, "model_loading", 503),
+        (ModelState.WARMING, "model_loading", 503),
+        (ModelState.DRAINING, "model_restarting", 503),
+        (ModelState.STOPPING, "model_restarting", 503),
+        (ModelState.BACKOFF, "model_restarting", 503),
+        (ModelState.QUARANTINED, "model_quarantined", 503),
+    ],
+)
+async def test_each_state_has_its_error(state: ModelState, code: str, status: int) -> None:
+    view = CatalogView()
+    view.replace(Catalog(1, [model(state)]))
+    with pytest.raises(LmxError) as caught:
+        view.serving("org/tiny")
+    assert (caught.value.code, caught.value.spec.status, caught.value.param) == (code, status, "model")
+    assert "org/tiny" in caught.value.message
+    if state is ModelState.STOPPED:
+        assert "lmx-supervisor load org/tiny" in caught.value.message
+
+
+def test_the_supervisors_reason_wins() -> None:
+    error = not_ready(model(ModelState.BACKOFF, "insufficient_memory", 500))
+    assert (error.code, error.retry_after_s) == ("insufficient_memory", 120)
+    assert not_ready(model(ModelState.BACKOFF, "a_code_of_tomorrow")).code == "internal_error"
+
+
+async def test_unknown_models_are_told_apart_from_unknown_catalogs() -> None:
+    view = CatalogView()
+    with pytest.raises(LmxError, match="does not know its models yet"):
+        view.find("x")
+    view.replace(Catalog(1, [model()]))
+    assert await view.arrived()
+    assert view.serving("org/tiny").id == "org/tiny"
+    assert view.ready_count() == 1
+    with pytest.raises(LmxError) as caught:
+        view.find("../../etc/passwd\n" + "x" * 10_000)
+    assert caught.value.code == "model_not_found"
+    assert len(caught.value.message) < 300
+    assert "\n" not in caught.value.message
+
+
+def test_the_lease_runs_only_while_the_machine_does() -> None:
+    lease = Lease(120, slept_s=3, now=0)
+    assert not any(lease.expired(now, 1) for now in range(1, 121))
+    assert lease.expired(121, 1)
+    lease.renew(121)
+    assert not lease.expired(122, 1)
+    # Two hours of sleep: the supervisor slept too and gets its time again.
+    assert not lease.expired(7322, 1)
+    assert not any(lease.expired(7322 + n, 1) for n in range(1, 120))
+    assert lease.expired(7322 + 121, 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/v1/models", "/models"),
+        ("//v1//models//", "/models"),
+        ("/models/", "/models"),
+        ("/v1/models/org/tiny", "/models/org/tiny"),
+        ("/v1", "/"),
+        ("/", "/"),
+        ("/v10/models", "/v10/models"),
+    ],
+)
+def test_one_path_for_its_variants(path: str, expected: str) -> None:
+    assert canonical_path(path) == expected
+
+
+def test_request_ids_are_kept_if_safe() -> None:
+    assert request_id(b"abc-1.2_X") == "abc-1.2_X"
+    for bad in (b"", b"a b", b"x" * 129, b"a\n", "é".encode()):
+        assert len(request_id(bad)) == len("req_") + 22
+    assert request_id(b"") != request_id(b"")
+
+
+def test_rids_fit_and_differ_over_restarts() -> None:
+    first, second = Rids(), Rids()
+    made = [first.new() for _ in range(1000)] + [second.new() for _ in range(1000)]
+    assert len(set(made)) == 2000
+    assert all(0 < rid < 2**63 for rid in made)
+
+
+async def test_a_request_merges_what_its_reader_has_not_taken() -> None:
+    request = Request(1, 100, streams=True)
+    assert request.accept(5, 0)
+    for text in "abc":
+        assert request.add(Delta(1, text, [1]))
+    await request.changed()
+    assert request.take() == "abc"
+    assert request.take() == ""
+    assert request.state is RequestState.STREAMING
+    request.add(Delta(1, "d", [1], Finish.STOP, Usage(5, 4)))
+    await request.changed()
+    assert (request.take(), request.finish, request.ended) == ("d", Finish.STOP, True)
+
+
+async def test_states_only_move_forward() -> None:
+    request = Request(1, 100, streams=True)
+    assert not request.add(Delta(1, "x", [1]))
+    assert request.accept(5, 0)
+    assert not request.accept(5, 0)
+    request.fail(LmxError("timeout", "late"))
+    request.fail(LmxError("worker_crashed", "gone"))
+    assert request.error is not None
+    assert request.error.code == "timeout"
+    assert not request.add(Delta(1, "x", [1]))
+
+
+async def test_only_a_blocked_reader_overflows() -> None:
+    request = Request(1, 10, streams=True)
+    cut: list[bool] = []
+    request.on_overflow = lambda: cut.append(True)
+    request.accept(5, 0)
+    request.add(Delta(1, "é" * 6, [1]))
+    assert not request.ended
+    request.blocked = True
+    request.add(Delta(1, "x", [1]))
+    assert request.state is RequestState.FAILED
+    assert cut == [True]
+    assert request.take() == ""
+
+
+async def test_traffic_counts_and_drains() -> None:
+    traffic = Traffic()
+    with traffic.admit():
+        assert not await traffic.idle(0.01)
+        traffic.draining = True
+        with pytest.raises(LmxError, match="stopping"), traffic.admit():
+            pass
+        idle = asyncio.create_task(traffic.idle(10))
+    assert await idle
