@@ -149,13 +149,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _refuse_remote_code(path: Path, config: dict[str, Any], files: frozenset[str]) -> None:
     """Refuse a model that brings its own Python: running it is running its author's code as this user."""
-    for key in ("auto_map", "model_file"):
-        if config.get(key):
-            msg = (
-                f"remote code refused: {path / 'config.json'} names Python code of its own ({key}); if mlx-lm knows "
-                f"its model_type {config.get('model_type')!r}, remove the key {key} from config.json"
-            )
-            raise ModelFolderError("unsupported", msg)
+    # `auto_map` in config.json names code for transformers' models, which mlx-lm never runs; many repositories of
+    # well-known architectures carry it. `model_file` is mlx-lm's own key for code.
+    if config.get("model_file"):
+        msg = f"remote code refused: {path / 'config.json'} names Python code of its own (model_file)"
+        raise ModelFolderError("unsupported", msg)
     tokenizer_config = path / "tokenizer_config.json"
     if tokenizer_config.name in files and _read_json(tokenizer_config).get("auto_map"):
         msg = f"remote code refused: {tokenizer_config} names Python code of its own (auto_map)"

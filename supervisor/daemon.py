@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -73,6 +74,7 @@ class Daemon:
     async def run(self) -> None:
         """Serve until a signal or a stop command, then end every child and return."""
         loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1, thread_name_prefix="look"))
         for number in _STOP_SIGNALS:
             loop.add_signal_handler(number, self._stop, number.name)
         expected = self._remember()

@@ -120,7 +120,7 @@ def test_a_repository_is_fetched_without_its_code_and_pickles(hub: FakeHub, tmp_
     ("change", "words"),
     [
         ({"model.safetensors": None}, "has no safetensors weights"),
-        ({"config.json": b'{"model_type": "x", "auto_map": {"a": "b"}}'}, "remote code refused"),
+        ({"config.json": b'{"model_type": "x", "model_file": "m.py"}'}, "remote code refused"),
         ({"tokenizer.json": None}, "no tokenizer"),
     ],
 )

@@ -172,8 +172,10 @@ def test_a_load_without_bytes_moving_is_ended_and_one_that_moves_is_not() -> Non
     beats: list[tuple[float, ev.Event]] = [(float(t), ev.Beat(Phase.LOADING, 0)) for t in range(1, 60)]
     stalled = sorted([*start, *beats, (31.5, ev.Tick())], key=lambda step: step[0])
     assert play(stalled)[1][:1] == [Action.DUMP_STACKS]
-    moving = sorted([*start, *beats, *((float(t), ev.Moved(t, 100)) for t in range(2, 60, 5)), (31.5, ev.Tick())],
-                    key=lambda step: step[0])
+    moving = sorted(
+        [*start, *beats, *((float(t), ev.Moved(t, 100)) for t in range(2, 60, 5)), (31.5, ev.Tick())],
+        key=lambda step: step[0],
+    )
     assert play(moving)[1] == []
 
 

@@ -1,0 +1,48 @@
+"""The application: routes and what lies around them."""
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from gateway.catalog import CatalogView
+from gateway.chat import ChatCompletions
+from gateway.context import context_of
+from gateway.health import Healthz, Readyz
+from gateway.middleware import ErrorBoundary, PathMiddleware, RequestIdMiddleware
+from gateway.models import Model, Models
+from gateway.pool import WorkerPool
+from gateway.traffic import Traffic
+from protocol.config import GatewayConfig
+from protocol.errors import LmxError
+
+
+def build_app(config: GatewayConfig, catalog: CatalogView, pool: WorkerPool, traffic: Traffic) -> ASGIApp:
+    """Return the ASGI application. Paths are written without `/v1`; `PathMiddleware` accepts both."""
+    app = Starlette(
+        routes=[
+            Route("/chat/completions", ChatCompletions(config, catalog, pool, traffic), methods=["POST"]),
+            Route("/models", Models(catalog), methods=["GET"]),
+            Route("/models/{id:path}", Model(catalog), methods=["GET"]),
+            Route("/healthz", Healthz(), methods=["GET"]),
+            Route("/readyz", Readyz(catalog, traffic), methods=["GET"]),
+        ],
+        # The first is the outermost. `add_middleware` would insert in front.
+        middleware=[Middleware(RequestIdMiddleware), Middleware(PathMiddleware), Middleware(ErrorBoundary)],
+        exception_handlers={HTTPException: _routing_error},
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+async def _routing_error(request: Request, error: Exception) -> Response:
+    """Put Starlette's two routing errors into our words; `ErrorBoundary` answers."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        allowed = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
+        context_of(request.scope).headers.append((b"allow", allowed.encode("ascii")))
+        raise LmxError("method_not_allowed", f"This route allows {allowed} only.")
+    raise LmxError("not_found", "There is no such route. See /v1/models and /v1/chat/completions.")

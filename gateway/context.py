@@ -1,0 +1,68 @@
+"""What every layer of the application knows about the HTTP request it works on."""
+
+from dataclasses import dataclass, field
+from typing import Final, Protocol, cast
+
+from starlette.types import Scope
+
+#: Key of the ASGI extension through which `gateway.server` offers its connection.
+CONNECTION_EXTENSION: Final = "lmx.connection"
+_CONTEXT: Final = "lmx.context"
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection; there is nobody to answer."""
+
+
+class Connection(Protocol):
+    """The two things ASGI cannot ask of a connection."""
+
+    def close_after_response(self) -> None:
+        """Do not keep the connection alive after the response that is running."""
+
+    def abort(self) -> None:
+        """Close at once and drop what is unsent: the only way out of a write that a client never reads."""
+
+
+@dataclass(slots=True)
+class RequestContext:
+    """One HTTP request. `started` is `time.monotonic()` when its headers had been read."""
+
+    request_id: str
+    started: float
+    connection: Connection | None
+    #: Headers that a response carries whatever its status.
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+
+    def close_after_response(self) -> None:
+        """Do not keep the connection alive, if the server can tell it so."""
+        if self.connection is not None:
+            self.connection.close_after_response()
+
+    def abort(self) -> None:
+        """Cut the connection, if the server can."""
+        if self.connection is not None:
+            self.connection.abort()
+
+
+def attach(scope: Scope, context: RequestContext) -> None:
+    """Make `context` the context of this request."""
+    scope.setdefault("state", {})[_CONTEXT] = context
+
+
+def context_of(scope: Scope) -> RequestContext:
+    """Return the context that `gateway.middleware` attached."""
+    return cast(RequestContext, scope["state"][_CONTEXT])
+
+
+def connection_of(scope: Scope) -> Connection | None:
+    """Return the server's connection, None under a server that offers none."""
+    return cast(Connection | None, scope.get("extensions", {}).get(CONNECTION_EXTENSION))
+
+
+def header(scope: Scope, name: bytes) -> bytes:
+    """Return the first header called `name` (lower case), or nothing."""
+    for key, value in scope["headers"]:
+        if key == name:
+            return cast(bytes, value)
+    return b""

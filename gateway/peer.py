@@ -1,0 +1,233 @@
+"""One incarnation of one worker, as the gateway sees it: the requests it works on and what it says about them."""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Final
+
+from gateway.link import DataPlane
+from gateway.requests import Request
+from protocol.data import (
+    HIGH_WATER_MARK,
+    MAX_FRAME_BYTES,
+    Abort,
+    Accepted,
+    Failed,
+    Refused,
+    Step,
+    Submit,
+    from_worker_decoder,
+)
+from protocol.errors import LmxError, from_peer
+from protocol.logs import event
+from protocol.messages import MalformedMessageError, encode
+
+#: A worker whose frames make no sense this often is not listened to any more.
+_MAX_PROTOCOL_ERRORS: Final = 3
+_LOG_EVERY_S: Final = 1.0
+_ABORT_RETRY_S: Final = 0.05
+#: What the clients of a worker that is lost are told, by the code of the error.
+_ENDED: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "worker_crashed": "The process of the model ended before the answer did.",
+        "protocol_error": "The process of the model sent something unreadable.",
+    }
+)
+
+
+class WorkerPeer:
+    """A worker incarnation behind its own link. Once `dead`, it stays so; the same worker then needs a new peer.
+
+    `on_idle` is called whenever the last request has ended, and when the peer dies.
+    """
+
+    def __init__(
+        self,
+        plane: DataPlane,
+        model: str,
+        incarnation: int,
+        endpoint: str,
+        on_idle: "Callable[[WorkerPeer], None]",
+    ) -> None:
+        self.model = model
+        self.incarnation = incarnation
+        self.dead = False
+        #: Frames that were thrown away.
+        self.dropped = 0
+        self._on_idle = on_idle
+        self._loop = asyncio.get_running_loop()
+        self._decoder = from_worker_decoder()
+        self._requests: dict[int, Request] = {}
+        self._aborts: deque[int] = deque(maxlen=HIGH_WATER_MARK)
+        self._abort_timer: asyncio.Handle | None = None
+        self._protocol_errors = 0
+        self._logged_at = float("-inf")
+        self._settled = asyncio.Event()
+        self._connected = False
+        self._link = plane.connect(endpoint, self)
+
+    @property
+    def open_requests(self) -> int:
+        """How many requests the worker has not ended."""
+        return len(self._requests)
+
+    async def connected(self, within_s: float) -> None:
+        """Wait until the worker has answered the handshake; raise `LmxError` if it does not."""
+        if not self._settled.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(within_s):
+                    await self._settled.wait()
+        if not self._connected or self.dead:
+            raise self._unreachable()
+
+    def submit(self, message: Submit, request: Request) -> None:
+        """Hand a request to the worker; its answers go to `request` until `release`. Raises `LmxError`."""
+        body = encode(message)
+        if len(body) > MAX_FRAME_BYTES:
+            raise LmxError("body_too_large", "The request is too large for its model's process.")
+        if not self._link.send(body):
+            if self.dead:
+                raise self._unreachable()
+            raise LmxError("server_busy", f"The process of model '{self.model}' takes no more requests.")
+        self._requests[request.rid] = request
+
+    def release(self, request: Request) -> None:
+        """Forget a request; the worker is told if it still works on it."""
+        if self._requests.pop(request.rid, None) is None:
+            return
+        self._aborts.append(request.rid)
+        if self._abort_timer is None:
+            # Everyone who leaves in this turn of the loop fits into one frame.
+            self._abort_timer = self._loop.call_soon(self._send_aborts)
+        self._report_idle()
+
+    def fail_requests(self, error: LmxError) -> None:
+        """End every request with `error`; the worker is told."""
+        for request in list(self._requests.values()):
+            request.fail(error)
+            self.release(request)
+
+    def fail(self, code: str, why: str) -> None:
+        """Close the link and fail what it carries with `code`."""
+        if self.dead:
+            return
+        self.dead = True
+        self._link.close()
+        self._settled.set()
+        if self._abort_timer is not None:
+            self._abort_timer.cancel()
+        event("link_closed", model=self.model, incarnation=self.incarnation, why=why, requests=len(self._requests))
+        requests, self._requests = self._requests, {}
+        for request in requests.values():
+            request.fail(LmxError(code, _ENDED[code]))
+        self._on_idle(self)
+
+    def close(self) -> None:
+        """Close a link that is not needed any more."""
+        self._send_aborts()
+        self.fail("worker_crashed", "closed")
+
+    # -- what the link reports ----------------------------------------------------------------------------------
+
+    def on_connected(self) -> None:
+        """The worker has answered the handshake."""
+        self._connected = True
+        self._settled.set()
+
+    def on_lost(self, why: str) -> None:
+        """The worker is gone."""
+        self.fail("worker_crashed", why)
+
+    def on_frame(self, frame: bytes | None) -> None:
+        """Give one message of the worker to the requests it is about."""
+        try:
+            message = self._decoder.decode(frame or b"")
+        except MalformedMessageError:
+            self._protocol_error("unreadable")
+            return
+        if message.incarnation != self.incarnation:
+            self._drop("wrong_incarnation")
+        elif isinstance(message, Step):
+            requests = self._requests
+            for delta in message.deltas:
+                request = requests.get(delta.rid)
+                # Normal: what was on its way when the request was aborted, or failed here a moment ago.
+                if request is None or request.ended:
+                    continue
+                if not request.add(delta):
+                    self._out_of_turn(request)
+                elif request.error is not None:
+                    self.release(request)
+                elif request.finish is not None:
+                    self._ended_by_worker(request)
+        else:
+            self._on_single(message)
+
+    def _on_single(self, message: Accepted | Refused | Failed) -> None:
+        request = self._requests.get(message.rid)
+        if request is None or request.ended:
+            return
+        if isinstance(message, Accepted):
+            if not request.accept(message.prompt_tokens, message.cached_tokens):
+                self._out_of_turn(request)
+            return
+        if isinstance(message, Refused):
+            error = from_peer(message.code, message.message, param=message.param, retry_after_s=message.retry_after_s)
+        else:
+            error = from_peer(message.code, message.message)
+        request.fail(error)
+        self._ended_by_worker(request)
+
+    def _ended_by_worker(self, request: Request) -> None:
+        del self._requests[request.rid]
+        self._report_idle()
+
+    def _report_idle(self) -> None:
+        if not self._requests:
+            self._on_idle(self)
+
+    # -- what goes wrong ----------------------------------------------------------------------------------------
+
+    def _unreachable(self) -> LmxError:
+        text = f"The process of model '{self.model}' has ended or is being replaced."
+        return LmxError("model_restarting", text, param="model")
+
+    def _out_of_turn(self, request: Request) -> None:
+        """An answer to a request that has not been accepted, or twice."""
+        request.fail(LmxError("protocol_error", _ENDED["protocol_error"]))
+        self.release(request)
+        self._protocol_error("out_of_turn")
+
+    def _protocol_error(self, why: str) -> None:
+        self._drop(why)
+        self._protocol_errors += 1
+        if self._protocol_errors >= _MAX_PROTOCOL_ERRORS:
+            self.fail("protocol_error", f"{_MAX_PROTOCOL_ERRORS} bad frames, the last one {why}")
+
+    def _drop(self, why: str) -> None:
+        """Count a frame that is thrown away; log it, but not a flood of them."""
+        self.dropped += 1
+        now = self._loop.time()
+        if now - self._logged_at >= _LOG_EVERY_S:
+            self._logged_at = now
+            event(
+                "protocol_error",
+                level="WARNING",
+                model=self.model,
+                incarnation=self.incarnation,
+                why=why,
+                dropped=self.dropped,
+            )
+
+    def _send_aborts(self) -> None:
+        if self._abort_timer is not None:
+            self._abort_timer.cancel()
+            self._abort_timer = None
+        if not self._aborts or self.dead:
+            return
+        if self._link.send(encode(Abort(self.incarnation, list(self._aborts)))):
+            self._aborts.clear()
+        elif not self.dead:
+            self._abort_timer = self._loop.call_later(_ABORT_RETRY_S, self._send_aborts)

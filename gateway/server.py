@@ -1,0 +1,182 @@
+"""uvicorn, adapted: bounded request heads, errors in our envelope, signals left to the process that embeds it."""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from gateway.context import CONNECTION_EXTENSION
+from gateway.errors import error_body
+from protocol.errors import LmxError
+
+#: httptools has no limit of its own; h11's is the same.
+MAX_HEAD_BYTES: Final = 64 * 1024
+#: A client that has not sent its headers by then is holding a descriptor for nothing.
+HEAD_TIMEOUT_S: Final = 10.0
+#: Idle connections are closed after this long; longer than the 5 s in which common clients reuse one.
+KEEP_ALIVE_S: Final = 75
+#: After the drain only last bytes are on their way.
+_CLOSE_TIMEOUT_S: Final = 2
+
+
+class _HeadTooLargeError(Exception):
+    """Stops the parser."""
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """One connection. Offers itself to the application as the `lmx.connection` extension."""
+
+    _head_bytes = 0
+    #: Bytes read since the parser last finished anything: it keeps a header, trailer or chunk extension to itself
+    #: until it is whole.
+    _undigested_bytes = 0
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the clock for the first request."""
+        super().connection_made(transport)
+        self._start_head_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the clock."""
+        self._stop_head_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what has arrived."""
+        self._undigested_bytes += len(data)
+        super().data_received(data)
+        if self._undigested_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self._head_bytes = self._undigested_bytes
+            self.send_400_response("")
+
+    def on_message_begin(self) -> None:
+        """Begin a request's head."""
+        super().on_message_begin()
+        self._head_bytes = 0
+        self._start_head_timer()
+        scope: Any = self.scope
+        scope["extensions"] = {CONNECTION_EXTENSION: self}
+
+    def on_url(self, url: bytes) -> None:
+        """Take a piece of the request target."""
+        self._count_head(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take one header, or trailer."""
+        self._count_head(len(name) + len(value))
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """End a request's head."""
+        self._stop_head_timer()
+        self._undigested_bytes = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Take a piece of a body."""
+        self._undigested_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """End a request."""
+        self._undigested_bytes = 0
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP, or too much of it, and close."""
+        if self._head_bytes > MAX_HEAD_BYTES:
+            msg = f"The request line and headers are longer than {MAX_HEAD_BYTES} bytes."
+        self._refuse(LmxError("invalid_value", msg))
+
+    def close_after_response(self) -> None:
+        """Do not keep the connection alive after the response that is running."""
+        if self.cycle is not None:
+            self.cycle.keep_alive = False
+
+    def abort(self) -> None:
+        """Close at once and drop what is unsent."""
+        if self.cycle is not None:
+            # The transport reports the loss one turn of the loop later; until then uvicorn would complain.
+            self.cycle.disconnected = True
+        self.transport.abort()
+
+    def _count_head(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > MAX_HEAD_BYTES:
+            raise _HeadTooLargeError
+
+    def _start_head_timer(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._head_late)
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_late(self) -> None:
+        self._head_timer = None
+        self._refuse(LmxError("request_timeout", f"The headers did not arrive within {HEAD_TIMEOUT_S:g} s."))
+
+    def _refuse(self, error: LmxError) -> None:
+        """Answer outside of the application and close. Nothing is written into a response that has begun."""
+        self._stop_head_timer()
+        if self.transport.is_closing():
+            return
+        cycle: RequestResponseCycle | None = self.cycle
+        if cycle is not None and cycle.response_started and not cycle.response_complete:
+            self.transport.abort()
+            return
+        request_id = f"req_{secrets.token_urlsafe(16)}"
+        body = error_body(error, request_id)
+        lines = (
+            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
+            f"x-request-id: {request_id}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(STATUS_LINE[error.spec.status] + lines.encode("ascii") + body)
+        self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """A server that says when it accepts and leaves signals alone: draining is `gateway.service`'s business."""
+
+    def __init__(self, app: ASGIApp, on_started: Callable[[], None]) -> None:
+        # Its warnings are about clients; the http_request event says what an operator needs of them.
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+        config = uvicorn.Config(
+            app,
+            http=HttpProtocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=_CLOSE_TIMEOUT_S,
+        )
+        super().__init__(config)
+        self._on_started = on_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to accept."""
+        await super().startup(sockets)
+        self._on_started()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture none."""
+        yield
+
+    def connection_count(self) -> int:
+        """Return how many client connections are open."""
+        return len(self.server_state.connections)

@@ -1,0 +1,146 @@
+"""The life of a gateway process: what it consists of, how it drains, with which code it exits."""
+
+import asyncio
+import signal
+import socket
+from pathlib import Path
+from typing import Any, Final
+
+from gateway.app import build_app
+from gateway.catalog import CatalogView
+from gateway.control import ControlClient, Lease
+from gateway.pool import WorkerPool
+from gateway.server import Server
+from gateway.traffic import Traffic
+from protocol.control import Catalog, GatewayHeartbeat
+from protocol.errors import LmxError
+from protocol.logs import event, exception_event
+from protocol.spec import GatewaySpec
+from protocol.states import WorkerExit
+
+_LEASE_CHECKS: Final = 20
+_MAX_LEASE_CHECK_S: Final = 1.0
+
+
+class Service:
+    """One gateway. Owned by the event loop it is made in; `gateway.control.Orders` is what a supervisor may ask."""
+
+    def __init__(self, spec: GatewaySpec, listener: socket.socket) -> None:
+        self._spec = spec
+        self._listener = listener
+        self._loop = asyncio.get_running_loop()
+        self._catalog = CatalogView()
+        self._pool = WorkerPool()
+        self._traffic = Traffic()
+        self._accepting = asyncio.Event()
+        self._exit: asyncio.Future[int] = self._loop.create_future()
+        self._drains: set[asyncio.Task[None]] = set()
+        app = build_app(spec.gateway, self._catalog, self._pool, self._traffic)
+        self._server = Server(app, self._accepting.set)
+        lifecycle = spec.lifecycle
+        self._lease = Lease(lifecycle.lease_s, lifecycle.slept_s, self._loop.time())
+        self._control = ControlClient(
+            path=Path(spec.control_socket),
+            incarnation=spec.incarnation,
+            listen_fd=listener.fileno(),
+            heartbeat_s=lifecycle.heartbeat_s,
+            lease=self._lease,
+            orders=self,
+            heartbeat=self._heartbeat,
+            accepting=self._accepting,
+        )
+
+    async def run(self) -> int:
+        """Serve until told or forced to stop; return the exit code."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._on_signal)
+        serving = asyncio.create_task(self._server.serve(sockets=[self._listener]), name="serving")
+        control = asyncio.create_task(self._control.run(), name="control")
+        lease = asyncio.create_task(self._watch_lease(), name="lease")
+        event("gateway_started", incarnation=self._spec.incarnation)
+        try:
+            running: list[asyncio.Future[Any]] = [serving, control, lease, self._exit]
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            code = self._exit_code(serving, control, lease)
+            self._traffic.draining = True
+            self._pool.fail_requests(_stopping())
+            self._server.should_exit = True
+            await asyncio.wait({serving})
+        finally:
+            for task in (control, lease, *self._drains):
+                task.cancel()
+            await asyncio.gather(control, lease, *self._drains, return_exceptions=True)
+            self._pool.close()
+        event("gateway_stopped", code=code)
+        return code
+
+    # -- what a supervisor may ask ------------------------------------------------------------------------------
+
+    def new_catalog(self, catalog: Catalog) -> None:
+        """Serve these models from now on."""
+        self._catalog.replace(catalog)
+        self._pool.apply(catalog)
+
+    def drain(self, grace_s: float) -> None:
+        """Take no more requests and say when none is left; then wait to be stopped."""
+        self._start_drain(grace_s, None)
+
+    def stop(self, reason: str) -> None:
+        """End now; what still runs is failed."""
+        event("gateway_told_to_stop", reason=reason)
+        self._end(WorkerExit.ASKED)
+
+    # -- ending -------------------------------------------------------------------------------------------------
+
+    def _on_signal(self) -> None:
+        """Drain on the first signal, end on the second."""
+        if self._traffic.draining:
+            self._end(WorkerExit.ASKED)
+        else:
+            self._start_drain(self._spec.lifecycle.drain_s, WorkerExit.ASKED)
+
+    def _start_drain(self, grace_s: float, code: WorkerExit | None) -> None:
+        event("gateway_draining", grace_s=grace_s, running=self._traffic.running)
+        self._traffic.draining = True
+        task = self._loop.create_task(self._drain(grace_s, code))
+        self._drains.add(task)
+        task.add_done_callback(self._drains.discard)
+
+    async def _drain(self, grace_s: float, code: WorkerExit | None) -> None:
+        if not await self._traffic.idle(grace_s):
+            self._pool.fail_requests(_stopping())
+        if code is None:
+            self._control.drained()
+        else:
+            self._end(code)
+
+    def _end(self, code: WorkerExit) -> None:
+        if not self._exit.done():
+            self._exit.set_result(int(code))
+
+    def _exit_code(self, *tasks: asyncio.Task[None]) -> int:
+        for task in tasks:
+            if task.done():
+                error = task.exception()
+                if error is not None:
+                    exception_event("gateway_crashed", error, part=task.get_name())
+                return int(WorkerExit.BUG)
+        return self._exit.result()
+
+    async def _watch_lease(self) -> None:
+        """Drain and exit when there has been no supervisor for the lease: nothing leaks after an uninstall."""
+        draining = False
+        while True:
+            pause = min(_MAX_LEASE_CHECK_S, self._lease.lease_s / _LEASE_CHECKS)
+            await asyncio.sleep(pause)
+            if self._lease.expired(self._loop.time(), pause) and not draining:
+                draining = True
+                event("lease_expired", level="ERROR", lease_s=self._lease.lease_s)
+                self._start_drain(self._spec.lifecycle.drain_s, WorkerExit.LEASE_EXPIRED)
+
+    def _heartbeat(self) -> GatewayHeartbeat:
+        return GatewayHeartbeat(open_requests=self._traffic.running, sockets=self._server.connection_count())
+
+
+def _stopping() -> LmxError:
+    return LmxError("shutting_down", "The server is stopping.")

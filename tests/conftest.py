@@ -1,0 +1,39 @@
+"""Fixtures that more than one kind of test uses."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import Lmx
+from tests.modelkit import default_model, make_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Iterator[Path]:
+    """A 2-layer random model with a real tokenizer, made in about a second."""
+    folder = Path(tempfile.mkdtemp(prefix="lmx-tiny-", dir="/tmp"))
+    yield make_tiny_model(folder / "tiny")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """The default model's folder; fetched once per machine."""
+    return default_model(None)
+
+
+@pytest.fixture
+def new_lmx() -> Iterator[Callable[..., Lmx]]:
+    """Makes LMX homes and ends them after the test."""
+    made: list[Lmx] = []
+
+    def make(**settings: str) -> Lmx:
+        made.append(Lmx(**settings))
+        return made[-1]
+
+    yield make
+    for lmx in made:
+        lmx.close()

@@ -1,0 +1,131 @@
+"""Golden bytes of the data plane: what is on the wire today must be readable, and written, for ever.
+
+A field may be appended with a default (its golden line grows then, the shorter bytes stay readable); nothing else may
+change. A test that fails here means that a new gateway and an old worker no longer understand each other.
+"""
+
+from typing import Any, get_args
+
+import msgspec
+import pytest
+
+from protocol.data import (
+    Abort,
+    Accepted,
+    ChatMessage,
+    Delta,
+    Failed,
+    Finish,
+    FromWorker,
+    Kind,
+    Refused,
+    Sampling,
+    Step,
+    Submit,
+    ToWorker,
+    Usage,
+    from_worker_decoder,
+    to_worker_decoder,
+)
+from protocol.messages import Decoder, MalformedMessageError, encode
+
+#: Each message with every field set (and, where fields are optional, once without them), and its bytes.
+GOLDEN: tuple[tuple[Any, str], ...] = (
+    (
+        Submit(
+            7,
+            2**63 + 1,
+            Kind.CHAT,
+            [ChatMessage("system", "Be brief."), ChatMessage("user", "Grüße 🌍", "ada")],
+            Sampling(64, 0.5, 0.9, 42, ("END", "\n\n")),
+            30.0,
+            "req-1",
+            "10.0.0.2",
+            3,
+        ),
+        (
+            "9a0107cf8000000000000001019293a673797374656da942652062726965662ec093a475736572ac4772c3bcc39f6520"
+            "f09f8c8da36164619540cb3fe0000000000000cb3feccccccccccccd2a92a3454e44a20a0acb403e000000000000a572"
+            "65712d31a831302e302e302e3203"
+        ),
+    ),
+    (
+        Submit(1, 1, Kind.CHAT, [ChatMessage("user", "hi")], Sampling(), 900.0),
+        ("9a010101019193a475736572a26869c095c0cb3fe6666666666666cb3ff0000000000000c090cb408c200000000000a0a000"),
+    ),
+    (
+        Abort(7, [1, 2**64 - 1]),
+        "9302079201cfffffffffffffffff",
+    ),
+    (
+        Accepted(7, 1, 12, 4),
+        "952107010c04",
+    ),
+    (
+        Step(7, 99, [Delta(1, "a", [5]), Delta(2, "", [6, 7], Finish.STOP, Usage(12, 3, 4))]),
+        "94220763929501a1619105c0c09502a092060701930c0304",
+    ),
+    (
+        Refused(7, 1, "server_busy", "Try again later.", "messages", 5),
+        "97230701ab7365727665725f62757379b054727920616761696e206c617465722ea86d6573736167657305",
+    ),
+    (
+        Failed(7, 1, "worker_crashed", "It ended.", True),
+        "96240701ae776f726b65725f63726173686564a9497420656e6465642ec3",
+    ),
+)
+
+DECODERS: tuple[Decoder[Any], Decoder[Any]] = (to_worker_decoder(), from_worker_decoder())
+
+
+def decoder_of(message: Any) -> Decoder[Any]:
+    return DECODERS[0] if isinstance(message, get_args(ToWorker)) else DECODERS[1]
+
+
+IDS = [f"{type(message).__name__}-{number}" for number, (message, _) in enumerate(GOLDEN)]
+
+
+@pytest.mark.parametrize(("message", "golden"), GOLDEN, ids=IDS)
+def test_written_bytes_do_not_change(message: Any, golden: str) -> None:
+    assert encode(message).hex() == golden
+
+
+@pytest.mark.parametrize(("message", "golden"), GOLDEN, ids=IDS)
+def test_golden_bytes_are_read(message: Any, golden: str) -> None:
+    assert decoder_of(message).decode(bytes.fromhex(golden)) == message
+
+
+def test_every_message_has_golden_bytes() -> None:
+    assert {type(message) for message, _ in GOLDEN} == set(get_args(ToWorker | FromWorker))
+
+
+@pytest.mark.parametrize(("message", "golden"), GOLDEN, ids=IDS)
+def test_a_field_appended_by_a_later_version_is_ignored(message: Any, golden: str) -> None:
+    values = msgspec.msgpack.decode(bytes.fromhex(golden))
+    longer = msgspec.msgpack.encode([*values, "from the future", {"k": 1}])
+    assert decoder_of(message).decode(longer) == message
+
+
+@pytest.mark.parametrize(("message", "golden"), GOLDEN, ids=IDS)
+def test_fields_with_defaults_may_be_missing(message: Any, golden: str) -> None:
+    fields = msgspec.structs.fields(type(message))
+    required = sum(field.required for field in fields)
+    shorter = msgspec.msgpack.decode(bytes.fromhex(golden))[: 1 + required]
+    old = decoder_of(message).decode(msgspec.msgpack.encode(shorter))
+    for field in fields[required:]:
+        assert getattr(old, field.name) == (field.default if field.default is not msgspec.NODEFAULT else ())
+
+
+def test_no_optional_field_stands_before_a_required_one() -> None:
+    for kind in {type(message) for message, _ in GOLDEN}:
+        required = [field.required for field in msgspec.structs.fields(kind)]
+        assert required == sorted(required, reverse=True), kind
+
+
+@pytest.mark.parametrize(
+    "frame", [b"", b"\xc1", b"\x91\xcc\xff", b"\x90", b"\x93\x01\x02", b"\x81\xa1a\x01", b"\x91" * 2000, bytes(64)]
+)
+def test_other_bytes_are_one_kind_of_error(frame: bytes) -> None:
+    for decoder in DECODERS:
+        with pytest.raises(MalformedMessageError):
+            decoder.decode(frame)

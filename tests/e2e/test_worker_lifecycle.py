@@ -1,0 +1,336 @@
+"""A worker process between its supervisor and its gateways: the real IO thread, an engine that counts (tests.fault)."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from protocol import control, data
+from protocol.config import LifecycleConfig, ModelsConfig
+from protocol.messages import encode
+from protocol.states import Phase, WorkerExit
+from tests.workerkit import INCARNATION, Supervisor, WorkerProcess, fault_worker
+
+
+def test_an_answer_streams_and_ends_with_its_usage() -> None:
+    with fault_worker() as worker:
+        answer = worker.gateway().ask("two words", max_tokens=3)
+        assert answer.accepted == data.Accepted(INCARNATION, 1, prompt_tokens=2)
+        assert answer.text == "tok0 tok1 tok2 "
+        assert answer.tokens == [0, 1, 2]
+        assert (answer.finish, answer.usage) == (data.Finish.LENGTH, data.Usage(2, 3))
+
+
+def test_a_stop_string_ends_the_answer_and_is_not_shown() -> None:
+    with fault_worker() as worker:
+        answer = worker.gateway().ask(stop=("tok3", "never"))
+        assert (answer.text, answer.finish) == ("tok0 tok1 tok2 ", data.Finish.STOP)
+        worker.heartbeat(lambda beat: beat.running == 0)
+
+
+def test_loading_is_reported_in_bytes_and_the_hello_comes_first() -> None:
+    with WorkerProcess(fault={"load_s": 0.6, "load_steps": 30, "weight_bytes": 3000}) as worker:
+        worker.ready()
+        assert worker.supervisor is not None
+        messages = worker.supervisor.messages
+        hello = messages[0]
+        assert isinstance(hello, control.WorkerHello)
+        assert (hello.pid, hello.incarnation, hello.phase) == (worker.process.pid, INCARNATION, Phase.LOADING)
+        loading = [message for message in messages if isinstance(message, control.Loading)]
+        assert [message.done_bytes for message in loading] == sorted(message.done_bytes for message in loading)
+        assert (loading[0].done_bytes, loading[-1].done_bytes) == (0, 3000)
+        assert len(loading) <= 10  # 30 steps in 0.6 s, at most ten reports a second
+
+
+def test_a_request_before_ready_is_told_that_the_model_loads() -> None:
+    with WorkerProcess(fault={"load_s": 20}) as worker:
+        assert worker.supervisor is not None
+        worker.supervisor.wait(control.WorkerHello)
+        answer = worker.gateway().ask()
+        assert answer.code == "model_loading"
+
+
+# -- admission ----------------------------------------------------------------------------------------------------
+
+
+def test_slots_then_queue_then_busy() -> None:
+    models = ModelsConfig(max_concurrent_requests=1, queue_depth=1)
+    with fault_worker(models=models) as worker:
+        gateway = worker.gateway()
+        rids = [gateway.submit("[[tokens 40]]") for _ in range(3)]
+        answers = gateway.finish(*rids)
+        assert [answer.code for answer in answers] == ["", "", "server_busy"]
+        assert min(answers[1].steps) > max(answers[0].steps)
+        assert isinstance(answers[2].error, data.Refused)
+
+
+def test_no_slot_in_time_is_refused_before_anything_was_accepted() -> None:
+    models = ModelsConfig(max_concurrent_requests=1, slot_timeout_s=0.2)
+    with fault_worker(models=models) as worker:
+        gateway = worker.gateway()
+        first = gateway.submit("[[tokens 100000]]")
+        gateway.until(lambda: gateway.answers[first].accepted is not None)
+        second = gateway.submit()
+        (answer,) = gateway.finish(second)
+        assert (answer.code, answer.accepted) == ("server_busy", None)
+        assert not gateway.answers[first].done
+
+
+def test_a_deadline_ends_a_streaming_and_a_waiting_request() -> None:
+    models = ModelsConfig(max_concurrent_requests=1)
+    with fault_worker(models=models) as worker:
+        gateway = worker.gateway()
+        running = gateway.submit("[[tokens 100000]]", deadline_s=0.5)
+        waiting = gateway.submit(deadline_s=0.3)
+        answers = gateway.finish(running, waiting)
+        assert [type(answer.error) for answer in answers] == [data.Failed, data.Refused]
+        assert [answer.code for answer in answers] == ["timeout", "timeout"]
+        assert answers[0].tokens
+        assert gateway.ask(max_tokens=2).finish is data.Finish.LENGTH
+        assert all(answer.after_end == 0 for answer in answers)
+
+
+def test_an_abort_frees_the_slot_within_one_step() -> None:
+    models = ModelsConfig(max_concurrent_requests=1)
+    with fault_worker(models=models, fault={"tokens_per_s": 10}) as worker:
+        gateway = worker.gateway()
+        first = gateway.submit("[[tokens 1000]]")
+        second = gateway.submit(max_tokens=1)
+        gateway.until(lambda: len(gateway.answers[first].tokens) == 2)
+        gateway.abort(first)
+        (answer,) = gateway.finish(second)
+        # The step that ran when the abort came, then the prefill and the one token of the second.
+        assert max(gateway.answers[first].steps) <= gateway.answers[first].steps[1] + 1
+        assert answer.steps[0] <= gateway.answers[first].steps[1] + 3
+
+
+# -- gateways -----------------------------------------------------------------------------------------------------
+
+
+def test_a_dead_gateway_takes_only_its_own_requests_with_it() -> None:
+    models = ModelsConfig(max_concurrent_requests=4)
+    with fault_worker(models=models, fault={"tokens_per_s": 50}) as worker:
+        dead, alive = worker.gateway(), worker.gateway()
+        for _ in range(6):  # four stream, two wait
+            dead.submit("[[tokens 100000]]")
+        dead.until(lambda: len(dead.steps) > 3)
+        rid = alive.submit("[[tokens 5]]")
+        worker.heartbeat(lambda beat: (beat.running, beat.waiting) == (4, 3))
+        dead.close()
+        (answer,) = alive.finish(rid)
+        assert answer.finish is data.Finish.STOP
+        worker.heartbeat(lambda beat: (beat.running, beat.waiting) == (0, 0))
+
+
+def test_a_dead_gateway_is_noticed_before_its_request_has_a_token() -> None:
+    with fault_worker(fault={"tokens_per_s": 0.2}) as worker:  # a step takes 5 s
+        dead = worker.gateway()
+        dead.submit()
+        dead.until(lambda: dead.answers[1].accepted is not None)
+        started = time.monotonic()
+        dead.close()
+        worker.heartbeat(lambda beat: beat.running == 0)
+        assert time.monotonic() - started < 3
+
+
+def test_nonsense_and_other_incarnations_are_dropped_and_counted() -> None:
+    with fault_worker() as worker:
+        gateway = worker.gateway()
+        gateway.send_raw(b"")
+        gateway.send_raw(b"\xff" * 100)
+        gateway.send_raw(b"two", b"parts")
+        gateway.send_raw(os.urandom(5000))
+        gateway.send_raw(encode(control.Ping()))
+        gateway.send(data.Submit(INCARNATION - 1, 99, data.Kind.CHAT, [], data.Sampling(), 1.0))
+        gateway.send(data.Abort(INCARNATION + 1, [1]))
+        assert gateway.ask(max_tokens=2).text == "tok0 tok1 "
+        worker.heartbeat()
+        worker.heartbeat()
+        assert worker.events("frames_dropped")[-1]["total"] == 7
+
+
+def test_two_gateways_may_use_the_same_request_ids() -> None:
+    with fault_worker() as worker:
+        gateways = [worker.gateway(), worker.gateway()]
+        for gateway in gateways:
+            gateway.submit("[[tokens 20]]")
+        for gateway in gateways:
+            (answer,) = gateway.finish(1)
+            assert answer.tokens == list(range(21))
+
+
+# -- the end ------------------------------------------------------------------------------------------------------
+
+
+def test_stop_fails_what_runs_exits_0_and_leaves_no_socket() -> None:
+    with fault_worker() as worker:
+        gateway = worker.gateway()
+        rid = gateway.submit("[[tokens 100000]]")
+        gateway.until(lambda: len(gateway.steps) > 2)
+        assert worker.supervisor is not None
+        worker.supervisor.send(control.Stop("test"))
+        (answer,) = gateway.finish(rid)
+        assert isinstance(answer.error, data.Failed)
+        assert (answer.error.code, answer.error.retryable) == ("model_restarting", True)
+        assert worker.exit_code() == WorkerExit.ASKED
+        assert not worker.endpoint.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_worker_that_serves(number: int) -> None:
+    with fault_worker() as worker:
+        worker.process.send_signal(number)
+        assert worker.exit_code() == WorkerExit.ASKED
+        assert not worker.endpoint.exists()
+
+
+def test_a_signal_ends_a_worker_whose_main_thread_is_busy_loading() -> None:
+    with WorkerProcess(fault={"load_s": 60, "load_steps": 1}) as worker:
+        assert worker.supervisor is not None
+        worker.supervisor.wait(control.Loading)
+        worker.process.terminate()
+        assert worker.exit_code(10) == WorkerExit.ASKED
+        assert not worker.endpoint.exists()
+
+
+def test_an_engine_that_hangs_does_not_keep_a_stopped_worker_for_ever() -> None:
+    lifecycle = LifecycleConfig(heartbeat_s=0.05, stop_max_s=0.5)
+    with fault_worker(lifecycle=lifecycle) as worker:
+        gateway = worker.gateway()
+        gateway.submit("[[freeze]]")
+        worker.heartbeat(lambda beat: beat.phase is Phase.PREFILL and beat.step_age_s > 0.2)
+        worker.process.terminate()
+        assert worker.exit_code(10) == WorkerExit.STALLED
+        assert "Current thread" in worker.stderr.read_text()
+
+
+def test_drain_lets_the_running_finish_refuses_the_new_and_waits_for_stop() -> None:
+    models = ModelsConfig(max_concurrent_requests=1)
+    with fault_worker(models=models, fault={"tokens_per_s": 100}) as worker:
+        gateway = worker.gateway()
+        running, waiting = gateway.submit("[[tokens 50]]"), gateway.submit()
+        gateway.until(lambda: len(gateway.steps) > 2)
+        assert worker.supervisor is not None
+        worker.supervisor.send(control.Drain(30.0))
+        gateway.finish(waiting)
+        late = gateway.submit()
+        answers = gateway.finish(running, waiting, late)
+        assert [answer.code for answer in answers] == ["", "model_restarting", "model_restarting"]
+        assert len(answers[0].tokens) == 51
+        worker.supervisor.wait(control.Drained)
+        assert worker.process.poll() is None
+        worker.supervisor.send(control.Stop("drained"))
+        assert worker.exit_code() == WorkerExit.ASKED
+
+
+def test_a_drain_ends_at_its_grace() -> None:
+    with fault_worker() as worker:
+        gateway = worker.gateway()
+        rid = gateway.submit("[[tokens 100000]]")
+        gateway.until(lambda: len(gateway.steps) > 2)
+        assert worker.supervisor is not None
+        worker.supervisor.send(control.Drain(0.2))
+        (answer,) = gateway.finish(rid)
+        assert answer.code == "model_restarting"
+        worker.supervisor.wait(control.Drained)
+
+
+def test_without_a_supervisor_a_worker_drains_and_ends_after_its_lease() -> None:
+    lifecycle = LifecycleConfig(lease_s=0.5, drain_s=0.3)
+    with WorkerProcess(supervised=False, lifecycle=lifecycle) as worker:
+        assert worker.exit_code() == WorkerExit.LEASE_EXPIRED
+        assert not worker.endpoint.exists()
+
+
+def test_a_silent_supervisor_is_no_supervisor() -> None:
+    lifecycle = LifecycleConfig(heartbeat_s=0.05, drain_s=0.3)
+    with WorkerProcess(lifecycle=lifecycle) as worker:
+        worker.ready()
+        assert worker.supervisor is not None
+        worker.supervisor.send(control.Welcome(1, 0.4))
+        dying = worker.supervisor.wait(control.Dying)
+        assert dying.code == WorkerExit.LEASE_EXPIRED
+        assert worker.exit_code() == WorkerExit.LEASE_EXPIRED
+
+
+def test_pings_renew_the_lease() -> None:
+    lifecycle = LifecycleConfig(heartbeat_s=0.05)
+    with fault_worker(lifecycle=lifecycle) as worker:
+        assert worker.supervisor is not None
+        worker.supervisor.send(control.Welcome(1, 0.5))
+        for _ in range(30):  # 1.5 s of heartbeats, each answered
+            worker.heartbeat()
+            worker.supervisor.send(control.Ping())
+        assert worker.process.poll() is None
+
+
+def test_a_worker_finds_the_next_supervisor_and_serves_on_meanwhile() -> None:
+    with fault_worker() as worker:
+        gateway = worker.gateway()
+        rid = gateway.submit("[[tokens 300]]")
+        gateway.until(lambda: len(gateway.steps) > 2)
+        assert worker.supervisor is not None
+        worker.supervisor.close()
+        answer = worker.gateway().ask(max_tokens=3)
+        assert answer.finish is data.Finish.LENGTH
+        worker.supervisor = Supervisor(worker.control_path)
+        hello = worker.supervisor.wait(control.WorkerHello, timeout_s=5)
+        assert hello.pid == worker.process.pid
+        assert hello.phase in {Phase.IDLE, Phase.DECODE}
+        assert hello.capabilities is not None
+        assert len(gateway.finish(rid)[0].tokens) == 301
+
+
+# -- last words ---------------------------------------------------------------------------------------------------
+
+
+def test_an_exception_in_the_engine_fails_every_request_and_exits_with_words() -> None:
+    with fault_worker() as worker:
+        gateway = worker.gateway()
+        healthy, culprit = gateway.submit("[[tokens 1000]]"), gateway.submit("[[raise 3]]")
+        for answer in gateway.finish(healthy, culprit):
+            assert isinstance(answer.error, data.Failed)
+            assert (answer.error.code, answer.error.retryable) == ("worker_crashed", True)
+        assert worker.supervisor is not None
+        dying = worker.supervisor.wait(control.Dying)
+        assert dying.code == WorkerExit.GPU_POISONED
+        assert "[METAL]" in dying.message
+        assert worker.exit_code() == WorkerExit.GPU_POISONED
+
+
+def test_a_canary_that_fails_ends_the_worker_before_it_is_ready() -> None:
+    with WorkerProcess(fault={"at": "warming", "deed": "raise"}) as worker:
+        assert worker.supervisor is not None
+        worker.supervisor.wait(control.Dying)
+        assert worker.exit_code() == WorkerExit.GPU_POISONED
+        assert not any(isinstance(message, control.Ready) for message in worker.supervisor.messages)
+
+
+def test_sigusr1_dumps_all_stacks_and_the_worker_serves_on() -> None:
+    with fault_worker() as worker:
+        worker.process.send_signal(signal.SIGUSR1)
+        assert worker.gateway().ask(max_tokens=2).finish is data.Finish.LENGTH
+        assert "most recent call first" in worker.stderr.read_text()
+
+
+def test_logs_name_requests_and_never_their_text() -> None:
+    with fault_worker() as worker:
+        worker.gateway().ask("a very secret question", max_tokens=2)
+        worker.heartbeat()
+        (finished,) = worker.events("request_finished")
+        assert (finished["trace"], finished["reason"], finished["completion_tokens"]) == ("req-1", "length", 2)
+        assert "secret" not in worker.log.read_text()
+        assert "tok0" not in worker.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"), [([], 64), (["a", "b"], 64), (["/nonexistent.json"], 78), (["/dev/null"], 78)]
+)
+def test_a_wrong_start_has_its_exit_code(argv: list[str], code: int) -> None:
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-m", "worker", *argv], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,96 @@
+"""What goes wrong and when, as data."""
+
+import ctypes
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from protocol.spec import WorkerSpec
+from protocol.states import WorkerExit
+from worker.failures import FatalError
+
+VARIABLE = "LMX_FAULT"
+_MARKER = re.compile(r"\[\[(\w+)((?: \d+)*)\]\]")
+
+Moment = Literal["", "import", "hello", "loading", "warming"]
+Deed = Literal["abort", "segv", "kill", "exit", "raise", "freeze", "seize"]
+
+
+class FaultPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The content of `LMX_FAULT`. Without `at`, `after_tokens` or `after_ready_s` nothing fails by itself."""
+
+    #: Ids of models it is for; empty: all.
+    models: tuple[str, ...] = ()
+    #: Only for incarnations up to this one; 0: all.
+    until_incarnation: int = 0
+    #: Only if this file can be created: the fault happens once, whatever the incarnations are.
+    once: str = ""
+    #: What happens …
+    deed: Deed = "abort"
+    exit_code: int = 70
+    #: … before anything is imported, before the hello, in the middle of loading, or in warming,
+    at: Moment = ""
+    #: … or when this many tokens were generated in all,
+    after_tokens: int = 0
+    #: … or this long after ready, from a thread of its own.
+    after_ready_s: float = 0.0
+
+    ignore_sigterm: bool = False
+    #: The same as the markers, for every request.
+    garbage: bool = False
+    wrong_incarnation: bool = False
+
+    #: A healthy worker otherwise: how fast and how large.
+    tokens_per_s: float = 500.0
+    answer_tokens: int = 32
+    max_model_len: int = 4096
+    load_s: float = 0.0
+    load_steps: int = 10
+    weight_bytes: int = 10_000_000
+
+    def applies(self, spec: WorkerSpec) -> bool:
+        return (not self.models or spec.model in self.models) and (
+            not self.until_incarnation or spec.incarnation <= self.until_incarnation
+        )
+
+
+def read_plan(spec: WorkerSpec | None = None) -> FaultPlan:
+    """Return the plan of the environment, or a healthy one where it is not meant for this worker."""
+    plan = msgspec.json.decode(os.environ.get(VARIABLE) or "{}", type=FaultPlan)
+    if spec is not None and not plan.applies(spec):
+        return FaultPlan(tokens_per_s=plan.tokens_per_s, answer_tokens=plan.answer_tokens, load_s=plan.load_s)
+    return plan
+
+
+def marker(text: str) -> tuple[str, list[int]]:
+    """Return the word and the numbers of the marker in a message, ("", []) if there is none."""
+    found = _MARKER.search(text)
+    return (found[1], [int(number) for number in found[2].split()]) if found else ("", [])
+
+
+def commit(deed: str, plan: FaultPlan, exit_code: int | None = None) -> None:
+    """Do it, unless it was to happen once and has."""
+    if plan.once:
+        try:
+            Path(plan.once).touch(exist_ok=False)
+        except FileExistsError:
+            return
+    signals = {"abort": signal.SIGABRT, "segv": signal.SIGSEGV, "kill": signal.SIGKILL}
+    if deed in signals:
+        os.kill(os.getpid(), signals[deed])
+        time.sleep(60)  # the signal is on its way
+    elif deed == "exit":
+        code = plan.exit_code if exit_code is None else exit_code
+        raise FatalError(WorkerExit(code), "made up by the fault worker")
+    elif deed == "raise":
+        msg = "[METAL] Command buffer execution failed: made up by the fault worker"
+        raise RuntimeError(msg)
+    elif deed == "freeze":
+        time.sleep(3600)
+    elif deed == "seize":
+        ctypes.PyDLL(None).sleep(3600)  # PyDLL keeps the GIL

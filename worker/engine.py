@@ -1,0 +1,70 @@
+"""The engine loop: obey commands, step the batch, hand over the tokens. It knows nothing of MLX or of sockets."""
+
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from time import monotonic
+from typing import Final
+
+from protocol.states import Phase
+from worker.jobs import Backend, Command, End, Event, Job, Remove, Status, Stepped
+
+#: An idle engine looks up this often; commands wake it at once, so this bounds nothing a client can feel.
+_IDLE_WAIT_S: Final = 5.0
+
+
+class Engine:
+    """Drives one backend from the main thread. Whatever the backend raises is fatal to the process.
+
+    An exception inside a step leaves every sequence of the batch in an unknown state (mlx-lm), and Metal reports a
+    failure late, maybe on another request's operation: there is nothing to go on with.
+    """
+
+    def __init__(
+        self, backend: Backend, commands: "SimpleQueue[Command]", emit: Callable[[Event], None], status: Status
+    ) -> None:
+        self._backend = backend
+        self._commands = commands
+        self._emit = emit
+        self._status = status
+
+    def run(self) -> End:
+        """Serve until told to end."""
+        while True:
+            end = self._obey()
+            if end is not None:
+                return end
+            if len(self._backend):
+                self._step()
+
+    def _obey(self) -> End | None:
+        """Apply all commands that are there; without work, wait for one."""
+        while True:
+            try:
+                command = self._next_command()
+            except Empty:
+                return None
+            match command:
+                case Job():
+                    self._backend.insert(command)
+                case Remove():
+                    self._backend.remove(command.jobs)
+                case End():
+                    return command
+
+    def _next_command(self) -> Command:
+        if len(self._backend):
+            return self._commands.get_nowait()
+        self._status.phase = Phase.IDLE
+        command = self._commands.get(timeout=_IDLE_WAIT_S)
+        # Before the phase changes: a heartbeat in between must not show a busy engine with the age of its idling.
+        self._status.step_at = monotonic()
+        return command
+
+    def _step(self) -> None:
+        status = self._status
+        status.phase = Phase.PREFILL if self._backend.prefilling else Phase.DECODE
+        tokens = self._backend.step()
+        status.step += 1
+        status.step_at = monotonic()
+        if tokens:
+            self._emit(Stepped(status.step, tokens))

@@ -1,0 +1,298 @@
+"""The IO thread of a worker: it owns both sockets, answers while MLX is busy, and decides when the process ends.
+
+One turn: wait for anything, then tokens of the engine, frames of gateways, frames of the supervisor, timers. It never
+waits for the engine: a heartbeat that stops means that this thread is gone, and only that.
+"""
+
+import contextlib
+import faulthandler
+import os
+import signal
+import socket
+import threading
+from collections import deque
+from queue import SimpleQueue
+from time import monotonic
+from typing import Final
+
+from protocol.control import Drain, Drained, Dying, Ping, Stop, Welcome
+from protocol.errors import LmxError
+from protocol.logs import event
+from protocol.spec import WorkerSpec
+from protocol.states import WorkerExit
+from worker.control import ControlClient
+from worker.inbound import Inbound
+from worker.jobs import Command, End, Event, Finished, LoadProgress, Serving, Status, Stepped, Warming
+from worker.link import RETRY_S, DataLink
+from worker.report import Report
+from worker.requests import NEVER, Book, Limits
+
+_FLUSH_S: Final = 1.0
+_BIND_WAIT_S: Final = 10.0
+_MAX_WAIT_S: Final = 5.0
+_ENDING_SIGNALS: Final = frozenset({signal.SIGTERM, signal.SIGINT})
+
+
+class IoThread:
+    """Start it before anything slow: it says hello. `emit` and `finish` are for the main thread."""
+
+    def __init__(self, spec: WorkerSpec, status: Status, commands: "SimpleQueue[Command]") -> None:
+        now = monotonic()
+        self._spec = spec
+        self._commands = commands
+        self._status = status
+        self._events: deque[Event] = deque()
+        self._awake = False
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+        self._thread = threading.Thread(target=self._run, name="io", daemon=True)
+        self._bound = threading.Event()
+        self._bind_error: OSError | None = None
+        self._report = Report(spec, status)
+        self._link = DataLink(spec.endpoint, spec.incarnation)
+        self._inbound = Inbound(self._link, spec.incarnation)
+        self._control = ControlClient(spec.control_socket, self._report.introduce, now)
+        self._watched: tuple[int | None, bool] = (None, False)
+        self._book: Book | None = None
+        self._lease_s = spec.lifecycle.lease_s
+        self._lease_over = False
+        self._heartbeat_at = now
+        self._retry_at = NEVER
+        self._drain_by = NEVER
+        self._end_by = NEVER
+        self._exit_code = WorkerExit.ASKED
+        self._done = False
+
+    # -- for the main thread ----------------------------------------------------------------------------------
+
+    @property
+    def wake_fd(self) -> int:
+        """Where the signal module may write signal numbers: this thread then sees them while the main one is busy."""
+        return self._wake_out.fileno()
+
+    def start(self) -> None:
+        """Bind, say hello, and return; raise `OSError` if the endpoint cannot be bound."""
+        self._thread.start()
+        self._bound.wait(_BIND_WAIT_S)
+        if self._bind_error is not None:
+            raise self._bind_error
+
+    def emit(self, happened: Event) -> None:
+        """Hand over an event; never waits. One byte wakes the thread, however many events it then finds."""
+        self._events.append(happened)
+        if not self._awake:
+            self._awake = True
+            with contextlib.suppress(BlockingIOError):  # full of wake-ups already
+                self._wake_out.send(b"\0")
+
+    def finish(self, code: WorkerExit, message: str) -> None:
+        """Say the last words, flush and close; returns within 2 s."""
+        self.emit(Finished(code, message))
+        self._thread.join(2 * _FLUSH_S)
+
+    # -- the loop ---------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._link.bind()
+        except OSError as error:
+            self._bind_error = error
+            return
+        finally:
+            self._bound.set()
+        self._link.watch(self._wake_in.fileno())
+        self._control.dial(monotonic())
+        while not self._done:
+            self._turn()
+
+    def _turn(self) -> None:
+        self._watch_control()
+        readable, fds = self._link.wait(self._next_timer() - monotonic())
+        if self._wake_in.fileno() in fds:
+            self._on_wake(monotonic())
+        if readable:
+            self._inbound.receive()
+        if self._control.fileno in fds:
+            self._control.flush()
+            now = monotonic()
+            for message in self._control.receive(now):
+                self._on_control(message, now)
+        if not self._done:
+            self._on_timers(monotonic())
+
+    def _watch_control(self) -> None:
+        """Poll the control connection of now, which may not be the one of the last turn."""
+        wanted = (self._control.fileno, self._control.wants_write)
+        if wanted == self._watched:
+            return
+        old, new = self._watched[0], wanted[0]
+        if old is not None and old != new:
+            self._link.unwatch(old)
+        if new is not None:
+            self._link.watch(new, write=wanted[1])
+        self._watched = wanted
+
+    def _next_timer(self) -> float:
+        control = self._control
+        return min(
+            monotonic() + _MAX_WAIT_S,
+            self._heartbeat_at,
+            self._retry_at,
+            self._drain_by if not self._report.drained else NEVER,
+            self._end_by,
+            NEVER if self._lease_over else control.heard_at + self._lease_s,
+            NEVER if control.connected else control.dial_at,
+            NEVER if self._book is None else self._book.next_expiry,
+        )
+
+    def _on_timers(self, now: float) -> None:
+        control, book = self._control, self._book
+        if not control.connected and now >= control.dial_at:
+            control.dial(now)
+        if now >= self._heartbeat_at:
+            self._heartbeat_at = now + self._spec.lifecycle.heartbeat_s
+            self._heartbeat()
+        if book is not None and now >= book.next_expiry:
+            book.expire(now)
+        if not self._lease_over and now >= control.heard_at + self._lease_s:
+            self._lease_over = True
+            event("lease_expired", level="WARNING", lease_s=self._lease_s)
+            self._drain(self._spec.lifecycle.drain_s, now)
+        if now >= self._retry_at:
+            self._link.retry()
+        self._settle_link(now)
+        if self._report.draining and not self._report.drained:
+            self._settle_drain(now)
+        if now >= self._end_by:
+            self._give_up()
+
+    def _settle_link(self, now: float) -> None:
+        """Take the consequences of what sending found out: gateways that are gone, answers nobody reads."""
+        link, book = self._link, self._book
+        gone, slow = link.take_losses()
+        if book is not None:
+            for gateway in gone:
+                book.forget_gateway(gateway, now)
+            for gateway, rid in slow:
+                book.fail_slow(gateway, rid, now)
+        self._retry_at = now + RETRY_S if link.blocked else NEVER
+
+    def _settle_drain(self, now: float) -> None:
+        book = self._book
+        if book is not None and now >= self._drain_by:
+            book.fail_all(_going_away(), now, retryable=True)
+        if book is None or not (book.running or book.waiting):
+            self._report.drained = True
+            event("drained")
+            self._control.send(Drained())
+            if self._lease_over:
+                self._end(WorkerExit.LEASE_EXPIRED, "no supervisor was heard for the length of the lease", now)
+
+    def _heartbeat(self) -> None:
+        self._inbound.log_dropped()
+        book = self._book
+        self._control.send(self._report.heartbeat(*((book.running, book.waiting) if book else (0, 0))))
+        if book is not None:
+            self._link.probe(book.gateways, self._status.step)
+
+    # -- events of the main thread ----------------------------------------------------------------------------
+
+    def _on_wake(self, now: float) -> None:
+        try:
+            arrived = set(self._wake_in.recv(4096))
+        except BlockingIOError:
+            arrived = set()
+        # Before the events are taken: one that is added after this line writes a new byte.
+        self._awake = False
+        while self._events:
+            self._on_event(self._events.popleft(), now)
+        if arrived & _ENDING_SIGNALS and not self._done:
+            self._end(WorkerExit.ASKED, "signal", now)
+
+    def _on_event(self, happened: Event, now: float) -> None:
+        match happened:
+            case Stepped():
+                if self._book is not None:
+                    self._book.on_step(happened, now)
+            case LoadProgress():
+                self._control.send(self._report.on_progress(happened))
+            case Warming():
+                self._heartbeat()
+            case Serving():
+                self._on_serving(happened, now)
+            case Finished():
+                self._on_finished(happened, now)
+
+    def _on_serving(self, serving: Serving, now: float) -> None:
+        models, loaded = self._spec.models, serving.loaded
+        limits = Limits(models.max_concurrent_requests, models.queue_depth, models.slot_timeout_s)
+        book = Book(limits, self._spec.incarnation, loaded.prepare, send=self._link.send, command=self._commands.put)
+        self._book = self._inbound.book = book
+        if self._report.draining:
+            book.close_admission(_going_away(), now)
+        event("worker_ready", load_s=round(serving.load_s, 3), weight_bytes=loaded.capabilities.weight_bytes)
+        self._control.send(self._report.on_serving(serving))
+        self._heartbeat()
+
+    def _on_finished(self, finished: Finished, now: float) -> None:
+        if finished.code is not WorkerExit.ASKED:
+            self._control.send(Dying(finished.code, finished.message))
+        if self._book is not None:
+            crashed = LmxError("worker_crashed", "The model's process ended before the answer did")
+            self._book.fail_all(crashed, now, retryable=True)
+        self._close()
+
+    # -- the supervisor ---------------------------------------------------------------------------------------
+
+    def _on_control(self, message: Welcome | Drain | Stop | Ping, now: float) -> None:
+        match message:
+            case Welcome():
+                if message.lease_s > 0:
+                    self._lease_s = message.lease_s
+            case Drain():
+                self._drain(message.grace_s, now)
+            case Stop():
+                self._end(WorkerExit.ASKED, message.reason, now)
+            case Ping():
+                pass  # hearing it was the point
+
+    # -- ending -----------------------------------------------------------------------------------------------
+
+    def _drain(self, grace_s: float, now: float) -> None:
+        event("draining", grace_s=grace_s)
+        self._report.draining = True
+        self._drain_by = now + max(0.0, grace_s)
+        if self._book is not None:
+            self._book.close_admission(_going_away(), now)
+
+    def _end(self, code: WorkerExit, why: str, now: float) -> None:
+        """End the process: through the main thread once it serves, at once while it only loads."""
+        if self._end_by != NEVER:
+            return
+        event("worker_ending", code=int(code), why=why)
+        self._exit_code = code
+        self._end_by = now + self._spec.lifecycle.stop_max_s
+        if self._book is None:
+            self._close()
+            os._exit(code)
+        self._book.close_admission(_going_away(), now)
+        self._book.fail_all(_going_away(), now, retryable=True)
+        self._commands.put(End(code, why))
+
+    def _give_up(self) -> None:
+        """Leave without the main thread: it has been inside MLX since it was asked to end."""
+        event("engine_stuck", level="ERROR", phase=self._status.phase)
+        faulthandler.dump_traceback(all_threads=True)
+        self._close()
+        os._exit(self._exit_code or WorkerExit.STALLED)
+
+    def _close(self) -> None:
+        self._control.flush()
+        self._link.close(_FLUSH_S)
+        self._control.close("the worker ends")
+        self._done = True
+
+
+def _going_away() -> LmxError:
+    return LmxError("model_restarting", "The model's process is ending")

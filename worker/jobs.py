@@ -1,0 +1,152 @@
+"""What crosses between the two threads of a worker: jobs and commands one way, tokens and events the other.
+
+The main thread owns MLX (streams are thread-local there), the IO thread owns the sockets. Neither waits for the
+other: both directions are queues, and `Status` is a handful of attributes that one side writes and the other reads.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple, Protocol
+
+import msgspec
+
+from protocol.control import Capabilities
+from protocol.data import Submit
+from protocol.states import Phase, WorkerExit
+
+
+class Job(msgspec.Struct, frozen=True, gc=False):
+    """One generation as the engine sees it: tokens in, at most `max_tokens` out. `seed` None draws freely."""
+
+    id: int
+    prompt: list[int]
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+class Remove(msgspec.Struct, frozen=True, gc=False):
+    """Jobs that are no longer wanted; unknown ids are ignored."""
+
+    jobs: list[int]
+
+
+class End(msgspec.Struct, frozen=True, gc=False):
+    """Leave the engine loop; the process exits with `code`."""
+
+    code: WorkerExit
+    message: str
+
+
+Command = Job | Remove | End
+
+#: The third part of a `Token`: the sequence goes on, met an end-of-sequence token, or reached its `max_tokens`.
+GOES_ON: Final = 0
+AT_STOP: Final = 1
+AT_LENGTH: Final = 2
+
+#: Job id, token id, and one of the three above. A plain tuple: thousands are made each second.
+Token = tuple[int, int, int]
+
+
+class Stepped(NamedTuple):
+    """The tokens of one engine step. `step` counts every step, also those that only processed prompts."""
+
+    step: int
+    tokens: list[Token]
+
+
+class LoadProgress(NamedTuple):
+    """Bytes of weights in memory, of how many."""
+
+    done_bytes: int
+    total_bytes: int
+    stage: str
+
+
+class Warming(NamedTuple):
+    """The weights are in memory and the canary is about to run."""
+
+
+class Serving(NamedTuple):
+    """The canary has passed."""
+
+    loaded: "Loaded"
+    load_s: float
+
+
+class Finished(NamedTuple):
+    """The main thread is done: say the last words, flush, end the IO thread."""
+
+    code: WorkerExit
+    message: str
+
+
+Event = Stepped | LoadProgress | Warming | Serving | Finished
+
+
+class Backend(Protocol):
+    """What the engine loop drives: `worker.batch` with MLX, `tests.fault` without. Called by the main thread only."""
+
+    def __len__(self) -> int:
+        """Return the number of jobs inserted and neither finished nor removed."""
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether the next step processes prompt tokens."""
+
+    def insert(self, job: Job) -> None:
+        """Add a job to the batch."""
+
+    def remove(self, jobs: Sequence[int]) -> None:
+        """Take jobs out, at whatever stage they are; unknown ids are ignored."""
+
+    def step(self) -> list[Token]:
+        """Run one decode step and one prefill chunk; return what was decoded."""
+
+
+class Answer(Protocol):
+    """Turns the tokens of one request into text that may be shown. Called by the IO thread only."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was met."""
+
+    def add(self, token: int) -> str:
+        """Return the text that is now certain."""
+
+    def finish(self) -> str:
+        """Return what was held back, at the end of the generation."""
+
+
+class Prepared(msgspec.Struct, frozen=True):
+    """A request that passed every check: its prompt as tokens, its limit, and the making of its text."""
+
+    prompt: list[int]
+    max_tokens: int
+    answer: Answer
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """A model that is in memory."""
+
+    backend: Backend
+    capabilities: Capabilities
+    #: Called by the IO thread; raises `protocol.errors.LmxError`.
+    prepare: Callable[[Submit], Prepared]
+    #: Generates one token; whatever it raises ends the process.
+    canary: Callable[[], None]
+    #: Active, cached and peak bytes. Called by the IO thread.
+    memory: Callable[[], tuple[int, int, int]]
+
+
+class Status:
+    """Written by the main thread, read by the IO thread; each attribute is one atomic store in CPython."""
+
+    __slots__ = ("phase", "step", "step_at")
+
+    def __init__(self) -> None:
+        self.phase = Phase.LOADING
+        self.step = 0
+        self.step_at = time.monotonic()

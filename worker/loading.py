@@ -1,0 +1,139 @@
+"""Brings a model folder into memory, telling how many bytes are there. Main thread only.
+
+Importing this module does not import MLX (that takes 2 s); `load` does.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from protocol.control import Capabilities
+from protocol.logs import exception_event
+from protocol.modelfolder import ModelFolder, ModelFolderError, inspect_model_folder
+from protocol.spec import WorkerSpec
+from protocol.states import WorkerExit
+from worker.failures import FatalError, classify, describe
+from worker.jobs import Loaded
+
+if TYPE_CHECKING:
+    from worker.batch import BatchBackend
+
+#: Bytes done, bytes in all, stage.
+Report = Callable[[int, int, str], None]
+
+#: Weights are read in pieces of about this size; each is one report.
+_CHUNK_BYTES: Final = 32 * 1024 * 1024
+_CANARY_TOKENS: Final = 8
+_FOLDER_EXITS: Final = {"missing": WorkerExit.MISSING_MODEL, "corrupt": WorkerExit.CORRUPT_MODEL}
+
+
+def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
+    """Load the model of `spec`; raise `FatalError` with an exit code and words for the operator."""
+    folder = _inspect(Path(spec.path))
+    report(0, folder.weight_bytes, "imports")
+    import mlx.core as mx  # noqa: PLC0415 - takes 2 s with mlx_lm; the hello must be out before
+
+    from worker.batch import BatchBackend  # noqa: PLC0415
+    from worker.prompt import PromptMaker, find_context  # noqa: PLC0415
+
+    model, tokenizer = _read(folder)
+    weight_bytes = _materialise(model, report)
+    eos = frozenset(int(token) for token in tokenizer.eos_token_ids)
+    context = find_context(folder.max_model_len, tokenizer)
+    prompts = PromptMaker(tokenizer, max_model_len=context, eos=eos)
+    slots = spec.models.max_concurrent_requests
+    backend = BatchBackend(model, eos, slots=slots, prefill_tokens=spec.models.prefill_step_tokens)
+    return Loaded(
+        backend=backend,
+        capabilities=Capabilities(
+            max_model_len=context,
+            weight_bytes=weight_bytes,
+            kinds=["chat"],
+            max_concurrent_requests=slots,
+            has_chat_template=prompts.has_chat_template,
+        ),
+        prepare=prompts.prepare,
+        canary=lambda: run_canary(backend, len(tokenizer)),
+        memory=lambda: (mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory()),
+    )
+
+
+def run_canary(backend: "BatchBackend", vocabulary: int) -> None:
+    """Generate a token from a short prompt: prefill and decode once, compiling what the model compiles."""
+    prompt = [number % vocabulary for number in range(_CANARY_TOKENS)]
+    tokens = backend.generate(prompt, max_tokens=1)
+    if len(tokens) != 1 or tokens[0] < 0:
+        msg = "the canary gave no token"
+        raise RuntimeError(msg)
+
+
+def _inspect(path: Path) -> ModelFolder:
+    try:
+        return inspect_model_folder(path)
+    except ModelFolderError as error:
+        if error.message.startswith("remote code refused"):
+            raise FatalError(WorkerExit.REMOTE_CODE_REFUSED, error.message) from None
+        raise FatalError(_FOLDER_EXITS.get(error.code, WorkerExit.CORRUPT_MODEL), error.message) from None
+
+
+def _read(folder: ModelFolder) -> tuple[Any, Any]:
+    """Build the model with its weights still on disk, and its tokenizer. Code of the model's author never runs."""
+    from mlx_lm.utils import load_model, load_tokenizer  # noqa: PLC0415
+
+    try:
+        model, config = load_model(folder.path, lazy=True, trust_remote_code=False)
+        tokenizer = load_tokenizer(
+            folder.path, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id", None)
+        )
+    except Exception as error:  # a broken folder raises anything: the boundary of loading
+        raise _explain(error, folder) from error
+    return model, tokenizer
+
+
+def _materialise(model: Any, report: Report) -> int:
+    """Read all parameters into memory, piece by piece; return their bytes."""
+    import mlx.core as mx  # noqa: PLC0415
+    from mlx.utils import tree_flatten  # noqa: PLC0415
+
+    flat: list[tuple[str, Any]] = tree_flatten(model.parameters())  # type: ignore[assignment]
+    arrays = [array for _, array in flat]
+    total = sum(int(array.nbytes) for array in arrays)
+    done = 0
+    chunk: list[Any] = []
+    waiting = 0
+    try:
+        for array in arrays:
+            chunk.append(array)
+            waiting += array.nbytes
+            if waiting >= _CHUNK_BYTES:
+                mx.eval(chunk)
+                done += waiting
+                chunk, waiting = [], 0
+                report(done, total, "weights")
+        mx.eval(chunk)
+    except RuntimeError as error:
+        code = classify(error)
+        if code is WorkerExit.BUG:
+            code = WorkerExit.CORRUPT_MODEL
+        raise FatalError(code, f"reading the weights failed: {describe(error)}") from error
+    report(total, total, "weights")
+    return total
+
+
+def _explain(error: Exception, folder: ModelFolder) -> FatalError:
+    exception_event("load_failed", error, path=str(folder.path))
+    code = classify(error)
+    if code is not WorkerExit.BUG:
+        return FatalError(code, f"loading {folder.path} failed: {describe(error)}")
+    text = str(error)
+    if "trust_remote_code" in text:
+        return FatalError(
+            WorkerExit.REMOTE_CODE_REFUSED, f"remote code refused: {folder.path} needs code of its author to be run"
+        )
+    if "not supported" in text and folder.model_type in text:
+        return FatalError(
+            WorkerExit.CORRUPT_MODEL, f"this version of mlx-lm does not know the model type {folder.model_type!r}"
+        )
+    if isinstance(error, ImportError):
+        return FatalError(WorkerExit.BUG, f"loading needs a module that is not installed: {describe(error)}")
+    return FatalError(WorkerExit.CORRUPT_MODEL, f"{folder.path} does not load: {describe(error)}")

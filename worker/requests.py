@@ -1,0 +1,296 @@
+"""The book of requests of one worker: who waits, who holds a slot, who has to go. IO thread only.
+
+Pure policy: the clock is an argument, messages and commands go out through two callables, and nothing here knows
+sockets or MLX. A request is `waiting` (in our own queue) or `running` (handed to the engine: it holds a slot).
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Final
+
+import msgspec
+
+from protocol.data import Abort, Accepted, Delta, Failed, Finish, Refused, Step, Submit, Usage
+from protocol.errors import ERRORS, LmxError
+from protocol.logs import event, exception_event
+from worker.jobs import AT_LENGTH, AT_STOP, GOES_ON, Answer, Command, Job, Prepared, Remove, Stepped
+
+Reply = Accepted | Step | Refused | Failed
+
+#: A deadline further away than this is this.
+_MAX_DEADLINE_S: Final = 86_400.0
+NEVER: Final = float("inf")
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """How much at once. `slot_timeout_s` is the longest wait for a slot, in seconds."""
+
+    slots: int
+    queue_depth: int
+    slot_timeout_s: float
+
+
+class Request(msgspec.Struct):
+    """One request in the book. Times are of the caller's monotonic clock."""
+
+    job: Job
+    gateway: bytes
+    rid: int
+    trace: str
+    answer: Answer
+    received_at: float
+    deadline_at: float
+    slot_by: float
+    completion_tokens: int = 0
+
+    @property
+    def key(self) -> tuple[bytes, int]:
+        """Rids are unique per gateway only."""
+        return self.gateway, self.rid
+
+
+class Book:
+    """Admission, slots, deadlines and answers.
+
+    `send(gateway, message)` never raises and never calls back; a gateway found gone is reported later with
+    `forget_gateway`. `command` reaches the engine in order, so a slot freed by a `Remove` may be given away at once:
+    the engine removes before it inserts.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        incarnation: int,
+        prepare: Callable[[Submit], Prepared],
+        *,
+        send: Callable[[bytes, Reply], None],
+        command: Callable[[Command], None],
+    ) -> None:
+        self._limits = limits
+        self._incarnation = incarnation
+        self._prepare = prepare
+        self._send = send
+        self._command = command
+        self._waiting: dict[int, Request] = {}
+        self._running: dict[int, Request] = {}
+        self._jobs: dict[tuple[bytes, int], int] = {}
+        self._last_job = 0
+        self._closed_for: LmxError | None = None
+        #: When `expire` has something to do; earlier never, maybe nothing by then.
+        self.next_expiry = NEVER
+
+    @property
+    def running(self) -> int:
+        """Requests that hold a slot."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for one."""
+        return len(self._waiting)
+
+    @property
+    def gateways(self) -> set[bytes]:
+        """Gateways with open requests."""
+        return {gateway for gateway, _ in self._jobs}
+
+    # -- what gateways ask ------------------------------------------------------------------------------------
+
+    def submit(self, gateway: bytes, submit: Submit, now: float) -> None:
+        """Admit, queue or refuse a request."""
+        if (gateway, submit.rid) in self._jobs:
+            event("request_duplicate", level="WARNING", trace=submit.trace, rid=submit.rid)
+            return
+        try:
+            request = self._admit(gateway, submit, now)
+        except LmxError as error:
+            if error.__cause__ is not None:
+                exception_event("prompt_refused", error.__cause__, trace=submit.trace, rid=submit.rid)
+            self._refuse(gateway, submit.rid, error)
+            event("request_refused", trace=submit.trace, rid=submit.rid, code=error.code)
+            return
+        self._jobs[request.key] = request.job.id
+        self._waiting[request.job.id] = request
+        self._fill_slots(now)
+        self._expect(request)
+
+    def abort(self, gateway: bytes, message: Abort, now: float) -> None:
+        """Drop requests their gateway no longer wants, without a word to it."""
+        jobs = [self._jobs[gateway, rid] for rid in message.rids if (gateway, rid) in self._jobs]
+        self._drop(jobs, "aborted", now)
+
+    def forget_gateway(self, gateway: bytes, now: float) -> None:
+        """Drop every request of a gateway that is gone."""
+        self._drop([job for (owner, _), job in self._jobs.items() if owner == gateway], "gateway_gone", now)
+
+    def fail_slow(self, gateway: bytes, rid: int, now: float) -> None:
+        """End a request whose answer its gateway does not read."""
+        job = self._jobs.get((gateway, rid))
+        if job is not None:
+            error = LmxError("internal_error", "The answer was not read fast enough")
+            self._end(job, error, now)
+
+    # -- what the engine says ---------------------------------------------------------------------------------
+
+    def on_step(self, stepped: Stepped, now: float) -> None:
+        """Turn the tokens of one engine step into one message per gateway."""
+        deltas: dict[bytes, list[Delta]] = {}
+        running = self._running
+        for job, token, end in stepped.tokens:
+            request = running.get(job)
+            if request is not None:  # else: removed while this step ran
+                deltas.setdefault(request.gateway, []).append(self._advance(request, token, end, now))
+        for gateway, of_gateway in deltas.items():
+            self._send(gateway, Step(self._incarnation, stepped.step, of_gateway))
+        if self._waiting:
+            self._fill_slots(now)
+
+    def _advance(self, request: Request, token: int, end: int, now: float) -> Delta:
+        request.completion_tokens += 1
+        answer = request.answer
+        text = "" if end == AT_STOP else answer.add(token)
+        if answer.stopped:
+            if end == GOES_ON:
+                self._command(Remove([request.job.id]))
+            finish = Finish.STOP
+        elif end == GOES_ON:
+            return Delta(request.rid, text, [token])
+        else:
+            text += answer.finish()
+            finish = Finish.LENGTH if end == AT_LENGTH else Finish.STOP
+        self._close(request, finish.name.lower(), now)
+        usage = Usage(len(request.job.prompt), request.completion_tokens)
+        return Delta(request.rid, text, [token], finish, usage)
+
+    # -- what time and the supervisor say ---------------------------------------------------------------------
+
+    def expire(self, now: float) -> None:
+        """End what waited too long for a slot or reached its deadline."""
+        for job in [j for j, r in self._waiting.items() if now >= min(r.slot_by, r.deadline_at)]:
+            if now >= self._waiting[job].deadline_at:
+                self._end(job, _timed_out(), now)
+            else:
+                self._end(job, self._busy("no slot came free in time"), now)
+        for job in [j for j, r in self._running.items() if now >= r.deadline_at]:
+            self._end(job, _timed_out(), now)
+        self.next_expiry = NEVER
+        for requests in (self._waiting, self._running):
+            for request in requests.values():
+                self._expect(request)
+
+    def close_admission(self, error: LmxError, now: float) -> None:
+        """Refuse everything from now on, and what still waits, with `error`; what runs goes on."""
+        self._closed_for = error
+        for job in list(self._waiting):
+            self._end(job, error, now)
+
+    def fail_all(self, error: LmxError, now: float, *, retryable: bool) -> None:
+        """End every request with `error`."""
+        for job in [*self._waiting, *self._running]:
+            self._end(job, error, now, retryable=retryable)
+
+    # -- inside -----------------------------------------------------------------------------------------------
+
+    def _admit(self, gateway: bytes, submit: Submit, now: float) -> Request:
+        if self._closed_for is not None:
+            raise self._closed_for
+        if not submit.deadline_s > 0:  # also NaN
+            raise _timed_out()
+        limits = self._limits
+        if len(self._running) >= limits.slots and len(self._waiting) >= limits.queue_depth:
+            # Before tokenizing: under a flood the cheapest answer is the one that has to be given most often.
+            raise self._busy("the queue is full")
+        prepared = self._prepare(submit)
+        self._last_job += 1
+        sampling = submit.sampling
+        return Request(
+            job=Job(
+                id=self._last_job,
+                prompt=prepared.prompt,
+                max_tokens=prepared.max_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=sampling.seed,
+            ),
+            gateway=gateway,
+            rid=submit.rid,
+            trace=submit.trace,
+            answer=prepared.answer,
+            received_at=now,
+            deadline_at=now + min(submit.deadline_s, _MAX_DEADLINE_S),
+            slot_by=now + limits.slot_timeout_s,
+        )
+
+    def _busy(self, why: str) -> LmxError:
+        limits = self._limits
+        return LmxError(
+            "server_busy",
+            f"{limits.slots} requests are running and up to {limits.queue_depth} may wait: {why}. Try again later.",
+        )
+
+    def _fill_slots(self, now: float) -> None:
+        while self._waiting and len(self._running) < self._limits.slots:
+            job = next(iter(self._waiting))
+            request = self._running[job] = self._waiting.pop(job)
+            self._command(request.job)
+            prompt_tokens = len(request.job.prompt)
+            self._send(request.gateway, Accepted(self._incarnation, request.rid, prompt_tokens))
+            event(
+                "request_accepted",
+                trace=request.trace,
+                rid=request.rid,
+                prompt_tokens=prompt_tokens,
+                max_tokens=request.job.max_tokens,
+                waited_ms=round((now - request.received_at) * 1000),
+            )
+
+    def _expect(self, request: Request) -> None:
+        at = request.deadline_at
+        if request.job.id in self._waiting:
+            at = min(at, request.slot_by)
+        self.next_expiry = min(self.next_expiry, at)
+
+    def _drop(self, jobs: Iterable[int], why: str, now: float) -> None:
+        running = []
+        for job in jobs:
+            if job in self._running:
+                running.append(job)
+            request = self._running.get(job) or self._waiting[job]
+            self._close(request, why, now)
+        if running:
+            self._command(Remove(running))
+            self._fill_slots(now)
+
+    def _end(self, job: int, error: LmxError, now: float, *, retryable: bool = False) -> None:
+        """Tell the gateway that a request ends without its answer, and drop it."""
+        request = self._running.get(job)
+        if request is None:
+            request = self._waiting[job]
+            self._refuse(request.gateway, request.rid, error)
+        else:
+            failed = Failed(self._incarnation, request.rid, error.code, error.message, retryable)
+            self._send(request.gateway, failed)
+        self._drop([job], error.code, now)
+
+    def _refuse(self, gateway: bytes, rid: int, error: LmxError) -> None:
+        retry_after_s = error.retry_after_s
+        refused = Refused(self._incarnation, rid, error.code, error.message, error.param, retry_after_s)
+        self._send(gateway, refused)
+
+    def _close(self, request: Request, why: str, now: float) -> None:
+        job = request.job.id
+        self._running.pop(job, None)
+        self._waiting.pop(job, None)
+        del self._jobs[request.key]
+        event(
+            "request_finished",
+            trace=request.trace,
+            rid=request.rid,
+            reason=why,
+            prompt_tokens=len(request.job.prompt),
+            completion_tokens=request.completion_tokens,
+            ms=round((now - request.received_at) * 1000),
+        )
+
+
+def _timed_out() -> LmxError:
+    return LmxError("timeout", f"{ERRORS['timeout'].title} the request set")
