@@ -105,7 +105,7 @@ class Link:
             self._lose(f"send: {error.strerror}")
             return False
         # Sending may swallow the edge that announces a frame to read.
-        if cast(int, self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+        if self._readable():
             self._schedule_read()
         return True
 
@@ -125,6 +125,9 @@ class Link:
             self.close()
             self._owner.on_lost(why)
 
+    def _readable(self) -> bool:
+        return bool(cast(int, self._socket.get(zmq.EVENTS)) & zmq.POLLIN)
+
     def _schedule_read(self) -> None:
         if not self._read_scheduled:
             self._read_scheduled = True
@@ -138,6 +141,9 @@ class Link:
             if self.closed:
                 return
             try:
+                # Asked first: an exception for "nothing there" costs more than the question.
+                if not self._readable():
+                    return
                 frame: bytes | None = self._socket.recv(zmq.NOBLOCK)
                 while self._socket.get(zmq.RCVMORE):
                     frame = None

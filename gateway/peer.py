@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Final
 
 from gateway.link import DataPlane
-from gateway.requests import Request
+from gateway.requests import Request, RequestState
 from protocol.data import (
     HIGH_WATER_MARK,
     MAX_FRAME_BYTES,
@@ -158,10 +158,11 @@ class WorkerPeer:
                     continue
                 if not request.add(delta):
                     self._out_of_turn(request)
-                elif request.error is not None:
-                    self.release(request)
                 elif request.finish is not None:
                     self._ended_by_worker(request)
+                elif request.state is RequestState.FAILED:
+                    # Its client reads too slowly.
+                    self.release(request)
         else:
             self._on_single(message)
 

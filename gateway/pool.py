@@ -55,10 +55,6 @@ class WorkerPool:
         await peer.connected(_CONNECT_S)
         return peer
 
-    def open_requests(self) -> int:
-        """Return how many requests workers are busy with."""
-        return sum(peer.open_requests for peer in self._peers())
-
     def fail_requests(self, error: LmxError) -> None:
         """End every request."""
         for peer in self._peers():

@@ -50,6 +50,8 @@ class Request:
     def __init__(self, rid: int, limit: int, *, streams: bool) -> None:
         self.rid = rid
         self.state = RequestState.SUBMITTED
+        #: Whether the worker has nothing more to say, or is not asked any more.
+        self.ended = False
         self.error: LmxError | None = None
         self.finish: Finish | None = None
         self.usage: Usage | None = None
@@ -69,11 +71,6 @@ class Request:
         self._waiter: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
 
-    @property
-    def ended(self) -> bool:
-        """Whether the worker has nothing more to say, or is not asked any more."""
-        return self.state in {RequestState.FINISHED, RequestState.FAILED}
-
     # -- what the link reports ----------------------------------------------------------------------------------
 
     def accept(self, prompt_tokens: int, cached_tokens: int) -> bool:
@@ -88,7 +85,8 @@ class Request:
 
     def add(self, delta: Delta) -> bool:
         """Merge what one step brought. Return False if that makes no sense now."""
-        if self.state not in {RequestState.ACCEPTED, RequestState.STREAMING}:
+        # Compared one by one: this runs once per token, and hashing an enum's member is slow.
+        if self.state is not RequestState.STREAMING and self.state is not RequestState.ACCEPTED:
             return False
         text = delta.text
         if text:
@@ -99,6 +97,7 @@ class Request:
             self._unsent += len(text) if text.isascii() else len(text.encode())
         if delta.finish is not None:
             self.state = RequestState.FINISHED
+            self.ended = True
             self.finish = delta.finish
             self.usage = delta.usage
         elif self._unsent > self._limit and self.blocked:
@@ -112,6 +111,7 @@ class Request:
         if self.ended:
             return
         self.state = RequestState.FAILED
+        self.ended = True
         self.error = error
         self.wake()
 
@@ -148,6 +148,11 @@ class Request:
 
     def _overflow(self) -> None:
         self._texts.clear()
-        self.fail(LmxError("internal_error", f"More than {self._limit} bytes of the answer could not be delivered."))
+        if not self._streams:
+            self.fail(LmxError("protocol_error", f"The answer is longer than {self._limit} bytes."))
+            return
+        self.state = RequestState.FAILED
+        self.ended = True
+        self.leave()
         if self.on_overflow is not None:
             self.on_overflow()

@@ -10,7 +10,6 @@ import msgspec
 import pytest
 
 from protocol.config import GatewayConfig
-from protocol.control import GatewayHeartbeat
 from protocol.data import Accepted, Delta, Failed, Finish, Refused, Sampling, Step, Submit
 from protocol.messages import encode
 from protocol.states import ModelState
@@ -375,7 +374,7 @@ async def test_sixty_crashes_leak_nothing() -> None:
 
     async with stack() as lmx:
         process = psutil.Process(lmx.gateway.process.pid)
-        counts = []
+        settled = 0
         for incarnation in range(1, 61):
             worker = await lmx.start_worker("tiny", incarnation)
             answering = lmx.chat(stream=True)
@@ -383,6 +382,7 @@ async def test_sixty_crashes_leak_nothing() -> None:
             worker.die()
             await answering
             lmx.workers.clear()
-            counts.append(process.num_fds())
-        assert max(counts[30:]) <= max(counts[:30]) + 2
-        await lmx.supervisor.hear(GatewayHeartbeat)
+            if incarnation == 10:
+                settled = process.num_fds()
+        # libzmq closes its descriptors in a thread of its own, a moment later.
+        await until(lambda: process.num_fds() <= settled + 1)

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -328,9 +330,6 @@ def test_logs_name_requests_and_never_their_text() -> None:
     ("argv", "code"), [([], 64), (["a", "b"], 64), (["/nonexistent.json"], 78), (["/dev/null"], 78)]
 )
 def test_a_wrong_start_has_its_exit_code(argv: list[str], code: int) -> None:
-    import subprocess
-    import sys
-
     done = subprocess.run([sys.executable, "-m", "worker", *argv], capture_output=True, text=True, check=False)
     assert done.returncode == code
     assert len(done.stderr.splitlines()) == 1
