@@ -78,6 +78,24 @@ class LifecycleConfig(_Section, frozen=True):
     stable_s: Seconds = 60.0
     forgive_one_s: Seconds = 300.0
     forgive_all_s: Seconds = 600.0
+    #: Crash loop: so many failures within so long, or in a row before ready, or within a window that fits slow loads.
+    burst_failures: Count = 3
+    burst_s: Seconds = 60.0
+    unready_failures: Count = 3
+    slow_failures: Count = 5
+    slow_s: Seconds = 600.0
+    #: From this try of a series on, a model runs degraded: one request at a time, small prefill chunks.
+    degraded_from_try: Count = 3
+    #: A model in quarantine is tried again after these; an empty list never does.
+    probe_delays_s: tuple[float, ...] = (600.0, 1800.0, 3600.0)
+    #: Host breaker: so many failures of two models or more within so long stop nearly all starts for a while.
+    breaker_failures: Count = 4
+    breaker_window_s: Seconds = 10.0
+    breaker_open_s: Seconds = 60.0
+    breaker_start_every_s: Seconds = 30.0
+    #: Safe mode: so many starts of the supervisor itself within so long, none of them after a clean stop.
+    safe_mode_starts: Count = 3
+    safe_mode_s: Seconds = 60.0
     lease_s: Seconds = 120.0
     #: A new supervisor waits this long for processes of the last one to introduce themselves.
     adopt_s: Seconds = 3.0

@@ -110,9 +110,13 @@ class Welcome(Message, frozen=True, tag=16):
 
 
 class Drain(Message, frozen=True, tag=17):
-    """Take no new requests; let the running ones end within `grace_s`, then report `Drained`."""
+    """Take no new requests; let the running ones end within `grace_s`, then report `Drained`.
+
+    With `hand_over` a gateway only stops to accept connections: another one has the same listening socket already.
+    """
 
     grace_s: float
+    hand_over: bool = False
 
 
 class Stop(Message, frozen=True, tag=18):
@@ -195,6 +199,20 @@ class StopRequest(Message, frozen=True, tag=36):
     """Drain everything and end the supervisor."""
 
 
+class ResetRequest(Message, frozen=True, tag=37):
+    """Forget a model's failures; if it is set aside, start it again."""
+
+    id: str
+
+
+class ResumeRequest(Message, frozen=True, tag=38):
+    """Leave safe mode: load what should be live."""
+
+
+class HandoverRequest(Message, frozen=True, tag=39):
+    """Replace the supervisor by its present code in the same process, then the gateway; workers stay."""
+
+
 class StatusReply(Message, frozen=True, tag=48):
     """The document of `lmx-supervisor status --json`, encoded as JSON."""
 
@@ -223,7 +241,16 @@ class Result(Message, frozen=True, tag=50):
 Hello = WorkerHello | GatewayHello | CliHello
 FromWorker = Loading | Ready | Heartbeat | Dying | Drained
 FromGateway = GatewayReady | GatewayHeartbeat | Drained
-FromCli = StatusRequest | LoadRequest | UnloadRequest | RestartRequest | StopRequest
+FromCli = (
+    StatusRequest
+    | LoadRequest
+    | UnloadRequest
+    | RestartRequest
+    | StopRequest
+    | ResetRequest
+    | ResumeRequest
+    | HandoverRequest
+)
 ToSupervisor = Hello | FromWorker | FromGateway | FromCli
 
 ToWorker = Welcome | Drain | Stop | Ping

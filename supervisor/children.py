@@ -50,7 +50,16 @@ class Child:
         # What it started itself dies with it. Before the reaping, so that the group id cannot be another's yet.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
-        self._gone(None if self._process is None else self._process.wait(timeout=5))
+        self._gone(_reap(self.pid) if self._process is None else self._process.wait(timeout=5))
+
+
+def _reap(pid: int) -> int | None:
+    """Return the exit status of an adopted process if it is our child (we replaced our own image), else None."""
+    try:
+        reaped, status = os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        return None
+    return os.waitstatus_to_exitcode(status) if reaped else None
 
 
 def spawn(

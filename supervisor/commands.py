@@ -15,6 +15,7 @@ from protocol.states import CliExit, ModelState
 from supervisor import events as ev
 from supervisor import lifecycle as life
 from supervisor.host import Host, Managed
+from supervisor.intent import Intent
 from supervisor.restarts import worker_policy
 from supervisor.server import Connection
 from supervisor.watching import Changes
@@ -34,24 +35,26 @@ class CommandError(Exception):
 class Commands:
     """Serves one command-line connection after the other; several may be open at once.
 
-    `status` returns the encoded status document, `intend`/`forget` store operator intent, `stop` begins the shutdown.
+    `status` returns the encoded status document; `resume` leaves safe mode; `hand_over` and `stop` end this supervisor.
     """
 
     def __init__(
         self,
         host: Host,
         changes: Changes,
+        intent: Intent,
         *,
         status: Callable[[], bytes],
-        intend: Callable[[str, str, float], None],
-        forget: Callable[[str], None],
+        resume: Callable[[], str],
+        hand_over: Callable[[], None],
         stop: Callable[[str], None],
     ) -> None:
         self._host = host
         self._changes = changes
         self._status = status
-        self._intend = intend
-        self._forget = forget
+        self._intent = intent
+        self._resume = resume
+        self._hand_over = hand_over
         self._stop = stop
 
     async def serve(self, connection: Connection) -> None:
@@ -80,6 +83,13 @@ class Commands:
                     return await self._unload(model)
                 case control.RestartRequest(model, force):
                     return await self._restart(model, channel, force=force)
+                case control.ResetRequest(model):
+                    return self._reset(model)
+                case control.ResumeRequest():
+                    return control.Result(CliExit.OK, self._resume())
+                case control.HandoverRequest():
+                    self._hand_over()
+                    return control.Result(CliExit.OK, "handing over")
                 case control.StopRequest():
                     self._stop("stop command")
                     return control.Result(CliExit.OK, "stopping")
@@ -104,13 +114,13 @@ class Commands:
             managed = add_model(self._host, model, str(path), time.time())
         self._host.feed(managed, ev.Want())
         managed.slot = life.weigh(managed.slot, folder.weight_bytes)
-        self._intend(model, managed.path, managed.created_at)
+        self._intent.want(model, managed.path, managed.created_at)
         await self._until_ready(managed, channel, "loaded")
         return control.Result(CliExit.OK, f"{model} is ready (pid {managed.slot.pid})", new_pid=managed.slot.pid)
 
     async def _unload(self, model: str) -> control.Result:
         managed = self._known(model)
-        self._forget(model)
+        self._intent.forget(model)
         self._host.feed(managed, ev.Unwant())
         await self._changes.wait_for(lambda: managed.slot.state is ModelState.STOPPED or managed.slot.wanted)
         if managed.slot.wanted:
@@ -129,6 +139,12 @@ class Commands:
         await self._until_ready(managed, channel, "restarted")
         new_pid = managed.slot.pid
         return control.Result(CliExit.OK, f"{model}: pid {old_pid or '-'} -> {new_pid}", old_pid, new_pid)
+
+    def _reset(self, model: str) -> control.Result:
+        managed = self._known(model)
+        self._intent.pardon(model)
+        self._host.feed(managed, ev.Reset())
+        return control.Result(CliExit.OK, f"{model}: failures forgotten, {managed.slot.state.value}")
 
     async def _until_ready(self, managed: Managed, channel: Channel, verb: str) -> None:
         """Wait for ready, telling the client how far it is; raise when the model is given up."""
@@ -153,7 +169,7 @@ class Commands:
 
     def _drop(self, managed: Managed) -> None:
         """A load that can never work leaves nothing behind."""
-        self._forget(managed.model)
+        self._intent.forget(managed.model)
         self._host.feed(managed, ev.Unwant(force=True))
         self._host.remove(managed)
 

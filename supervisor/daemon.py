@@ -22,18 +22,21 @@ from supervisor import adoption, views
 from supervisor import events as ev
 from supervisor.commands import Commands, add_model
 from supervisor.host import GATEWAY, Host
+from supervisor.intent import Intent
 from supervisor.journal import Journal
 from supervisor.listener import PortTakenError, listen, serves, url_of
 from supervisor.peers import Peers
 from supervisor.platform import current_platform
 from supervisor.restarts import gateway_policy
 from supervisor.server import Connection, ControlServer
-from supervisor.store import ChildRecord, Desired, DesiredModel, Runtime, Store, remember_start
+from supervisor.store import ChildRecord, Desired, DesiredModel, Runtime, Store
 from supervisor.watching import Changes
 
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PORT_RETRY_S: Final = 1.0
 _SAMPLE_S: Final = 1.0
+#: For the answer to the command that ends this image.
+_LAST_WORDS_S: Final = 0.1
 
 
 class Daemon:
@@ -46,27 +49,31 @@ class Daemon:
         self._platform = current_platform()
         self._journal = Journal(home.state / "events.jsonl")
         self._store = Store(home, self._platform)
+        self._intent = Intent(home, config, self._store, self._journal)
         self._changes = Changes()
         self._host = Host(home, config, self._platform, self._journal, self._changed)
         self._peers = Peers(self._host, self._catalog, self._handed_back)
         self._commands = Commands(
             self._host,
             self._changes,
+            self._intent,
             status=lambda: msgspec.json.encode(self._status()),
-            intend=self._intend,
-            forget=self._forget,
+            resume=self._resume,
+            hand_over=self._hand_over,
             stop=self._stop,
         )
         self._server = ControlServer(home.control_socket, self._platform, self._greet)
         self._listener: socket.socket | None = None
-        self._desired = Desired()
         self._before = Runtime()
         self._started_at = time.time()
-        self._starts: tuple[float, ...] = ()
         self._recorded: tuple[ChildRecord, ...] = ()
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
         self._stop_reason = ""
+        self._load_mark = ""
+        self._host.before_load = self._mark_load
+        #: Set when this image of the program should be replaced by the next one, children and all left running.
+        self.handing_over = False
         self._catalog_version = 0
         self._catalog_models: list[control.CatalogModel] = []
         self._publishing = False
@@ -84,7 +91,10 @@ class Daemon:
             await self._restore(expected)
             tasks.append(loop.create_task(self._listen()))
             await self._stopping.wait()
-            await self._shut_down()
+            if self.handing_over:
+                self._save(clean=True)
+            else:
+                await self._shut_down()
         finally:
             for task in tasks:
                 task.cancel()
@@ -100,8 +110,13 @@ class Daemon:
     def _remember(self) -> tuple[ChildRecord, ...]:
         """Read what the last supervisor left, and mark this run as unclean until it ends well."""
         desired, self._before = self._store.load()
-        self._desired = desired or Desired()
-        self._starts = remember_start(self._before.starts, self._started_at)
+        self._intent.begin(
+            desired or Desired(),
+            self._before,
+            boot_id=self._platform.boot_id(),
+            now=self._started_at,
+            panic=lambda _since: "",
+        )
         expected = adoption.living(self._before, self._platform)
         numbers = adoption.leftovers(self._home).values()
         self._host.incarnation = max(self._before.incarnation, *numbers, 0)
@@ -111,8 +126,8 @@ class Daemon:
             last_clean_shutdown=self._before.last_clean_shutdown,
             left_behind=len(expected),
         )
-        if self._host.preload is not None:
-            event("blas_preload", library=self._host.preload.library)
+        if self._host.launcher.preload is not None:
+            event("blas_preload", library=self._host.launcher.preload.library)
         self._recorded = expected
         self._save()
         return expected
@@ -121,9 +136,13 @@ class Daemon:
         host = self._host
         gateway = host.add(GATEWAY, gateway_policy(self._config.lifecycle))
         host.feed(gateway, ev.Want())
-        for model in self._to_load():
-            managed = add_model(host, model.id, model.path, model.added_at)
-            host.feed(managed, ev.Want())
+        running = {child.model for child in expected}
+        skipped = [model for model in self._intent.to_load() if self._intent.safe_mode and model.id not in running]
+        for model in self._intent.to_load():
+            if model not in skipped:
+                self._bring_back(model)
+        if skipped:
+            event("safe_mode_skip_auto_load", level="WARNING", models_skipped=len(skipped))
         unrecorded = not expected and not self._before.last_clean_shutdown and bool(adoption.leftovers(self._home))
         await adoption.adopt(host, self._changes, expected, unrecorded=unrecorded)
         adoption.sweep(host)
@@ -131,19 +150,10 @@ class Daemon:
         host.release()
         self._save()
 
-    def _to_load(self) -> list[DesiredModel]:
-        """Return what should be live: the stored intent, then configured models that nobody unloaded."""
-        models = list(self._desired.models)
-        known = {model.id for model in models} | set(self._desired.unloaded)
-        for model in self._config.models.auto_load:
-            folder = self._home.models / model.replace("/", "--", 1)
-            if model in known:
-                continue
-            if folder.is_dir():
-                models.append(DesiredModel(model, str(folder), time.time()))
-            else:
-                event("auto_load_skipped", level="WARNING", model=model, hint=f"lmx-supervisor pull {model}")
-        return models
+    def _bring_back(self, model: DesiredModel) -> None:
+        managed = add_model(self._host, model.id, model.path, model.added_at)
+        why = self._intent.why_not(model.id)
+        self._host.feed(managed, ev.SetAside(why) if why else ev.Want())
 
     def _handed_back(self, descriptor: int) -> None:
         """A gateway of an earlier supervisor returns the listening socket."""
@@ -173,6 +183,8 @@ class Daemon:
                     event("port_taken", level="CRITICAL", reason=told, hint="trying again every second")
                 await asyncio.sleep(_PORT_RETRY_S)
         event("listening", url=url_of(self._listener))
+        if self._before.handover and gateway.child is not None:
+            self._host.replace_gateway()
         self._host.wake()
 
     # -- while running --------------------------------------------------------------------------------------------
@@ -210,9 +222,14 @@ class Daemon:
         self._publishing = False
         self._changes.ring()
         gateway = self._host.slots.get(GATEWAY)
-        if gateway is not None and self._refresh_catalog():
-            gateway.tell(self._catalog())
+        if self._refresh_catalog():
+            for managed in self._host.slots.values():
+                if not managed.model:
+                    managed.tell(self._catalog())
         children = self._children()
+        if self._load_mark and not any(m.slot.coming_up for m in self._host.models()):
+            self._load_mark = ""
+            self._recorded = ()
         if children != self._recorded and not self._host.holding:
             self._save()
         self._tell_first(gateway is not None and gateway.slot.state is ModelState.READY)
@@ -254,19 +271,24 @@ class Daemon:
 
     # -- state ----------------------------------------------------------------------------------------------------
 
-    def _intend(self, model: str, path: str, added_at: float) -> None:
-        models = tuple(m for m in self._desired.models if m.id != model)
-        unloaded = tuple(m for m in self._desired.unloaded if m != model)
-        self._desired = Desired((*models, DesiredModel(model, path, added_at)), unloaded)
-        self._store.save_desired(self._desired)
+    def _resume(self) -> str:
+        """Leave safe mode and load what should be live; return words for the operator."""
+        was = self._intent.resume(self._started_at)
+        missing = [model for model in self._intent.to_load() if self._host.find(model.id) is None]
+        for model in missing:
+            self._bring_back(model)
+        return f"restoring {len(missing)} models" if was else "not in safe mode; nothing to do"
 
-    def _forget(self, model: str) -> None:
-        models = tuple(m for m in self._desired.models if m.id != model)
-        unloaded = tuple(m for m in self._desired.unloaded if m != model)
-        if model in self._config.models.auto_load:
-            unloaded = (*unloaded, model)
-        self._desired = Desired(models, unloaded)
-        self._store.save_desired(self._desired)
+    def _mark_load(self, model: str) -> None:
+        """Write down that a load begins, before it does: a kernel panic leaves no other trace of the model."""
+        self._load_mark = model
+        self._save()
+
+    def _hand_over(self) -> None:
+        self._journal.write("supervisor_handover")
+        self._stop_reason = "handover"
+        self.handing_over = True
+        asyncio.get_running_loop().call_later(_LAST_WORDS_S, self._stopping.set)
 
     def _children(self) -> tuple[ChildRecord, ...]:
         return tuple(
@@ -283,12 +305,14 @@ class Daemon:
                 pid=os.getpid(),
                 boot_id=self._platform.boot_id(),
                 started_at=self._started_at,
-                starts=self._starts,
+                starts=self._intent.starts,
                 incarnation=self._host.incarnation,
                 children=self._recorded,
                 loaded_models=tuple(m.model for m in self._host.models() if m.slot.wanted),
                 last_clean_shutdown=clean,
                 shutdown_reason=self._stop_reason if clean else "",
+                load_mark=self._load_mark,
+                handover=clean and self.handing_over,
                 saved_at=time.time(),
                 snapshot=self._status(),
             )
@@ -310,7 +334,9 @@ class Daemon:
         loaded = tuple(m.model for m in host.models() if m.slot.wanted)
         host.holding = True
         gateway = host.slots[GATEWAY]
-        host.feed(gateway, ev.Unwant())
+        for managed in list(host.slots.values()):
+            if not managed.model:
+                host.feed(managed, ev.Unwant())
         hurry = asyncio.get_running_loop().create_task(self._hurry.wait())
         hurry.add_done_callback(lambda task: None if task.cancelled() else host.feed(gateway, ev.Unwant(force=True)))
         await self._changes.wait_for(lambda: gateway.slot.state is ModelState.STOPPED)

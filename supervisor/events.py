@@ -24,11 +24,22 @@ class Restart(msgspec.Struct, frozen=True):
     force: bool = False
 
 
+class Reset(msgspec.Struct, frozen=True):
+    """Forget every failure; what is set aside is started again."""
+
+
+class SetAside(msgspec.Struct, frozen=True):
+    """It must not be started by itself, for a reason that lies outside of its processes."""
+
+    reason: str
+
+
 class Started(msgspec.Struct, frozen=True):
     """A process was spawned."""
 
     pid: int
     incarnation: int
+    degraded: bool = False
 
 
 class Adopted(msgspec.Struct, frozen=True):
@@ -91,6 +102,8 @@ Event = (
     Want
     | Unwant
     | Restart
+    | Reset
+    | SetAside
     | Started
     | Adopted
     | Helloed

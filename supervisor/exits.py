@@ -29,6 +29,10 @@ class ExitRecord(msgspec.Struct, frozen=True):
     signal: str | None = None
     counted: bool = True
     permanent: bool = False
+    hint: str = ""
+    degrade: bool = False
+    extra_delay_s: float = 0.0
+    probe: bool = True
 
 
 ASKED: Final = ExitClass("asked", "stopped because it was asked to", counted=False)

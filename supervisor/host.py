@@ -6,24 +6,26 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from protocol import control
 from protocol.channel import Channel, ChannelClosedError
 from protocol.config import Config
 from protocol.messages import Message, encode
 from protocol.paths import Home
-from protocol.spec import GatewaySpec, WorkerSpec, write_spec
 from protocol.states import ModelState, Phase
 from supervisor import events as ev
 from supervisor import lifecycle as life
-from supervisor.children import Child, spawn
-from supervisor.environment import worker_environment
+from supervisor.breaker import Breaker, after_failure, after_start, start_allowed_at
+from supervisor.children import Child
 from supervisor.exits import ExitRecord, classify
 from supervisor.journal import Journal
+from supervisor.launch import Launcher
 from supervisor.platform.base import Platform
 from supervisor.restarts import RestartPolicy
 from supervisor.slot import Settings, Slot
@@ -83,7 +85,10 @@ class Host:
         self._timer_due = 0.0
         self._pumping = False
         self._random = random.Random()  # noqa: S311 - spreads delays
-        self.preload = platform.preload(home.run / "lib") if config.worker.preload_blas else None
+        self.launcher = Launcher(home, config, platform)
+        self.breaker = Breaker()
+        #: Called before a model's process is started, so that a panic while it loads finds its name on disk.
+        self.before_load: Callable[[str], None] = lambda _model: None
 
     # -- slots ----------------------------------------------------------------------------------------------------
 
@@ -126,7 +131,8 @@ class Host:
         slot = managed.slot
         match action:
             case ev.Action.ASK_DRAIN:
-                if not managed.tell(control.Drain(self.config.lifecycle.drain_s)):
+                replaced = not managed.model and managed.name != GATEWAY
+                if not managed.tell(control.Drain(self.config.lifecycle.drain_s, hand_over=replaced)):
                     self.feed(managed, ev.Unwant(force=True) if not slot.wanted else ev.Restart(force=True))
             case ev.Action.ASK_STOP:
                 if not managed.tell(control.Stop("asked")):
@@ -181,68 +187,36 @@ class Host:
         """Spawn the next incarnation of a slot."""
         self.incarnation += 1
         incarnation = self.incarnation
+        degraded = bool(managed.model) and managed.slot.next_degraded(self.config.lifecycle)
         managed.last_words = ""
         managed.heartbeat = managed.memory_bytes = managed.capabilities = None
+        if managed.model:
+            self.before_load(managed.model)
+            self.breaker = after_start(self.breaker, time.monotonic())
         try:
-            managed.child = self._spawn(managed, incarnation)
+            managed.child = self._spawn(managed, incarnation, degraded=degraded)
         except OSError as error:
             record = ExitRecord("start_failed", f"could not be started: {error.strerror}", time.time())
             self.feed(managed, ev.SpawnFailed(record, self._luck()))
             return
         self.journal.write(
-            "process_started", model=managed.model, slot=managed.name, pid=managed.child.pid, incarnation=incarnation
+            "process_started",
+            model=managed.model,
+            slot=managed.name,
+            pid=managed.child.pid,
+            incarnation=incarnation,
+            degraded=degraded,
         )
-        self.feed(managed, ev.Started(managed.child.pid, incarnation))
+        self.feed(managed, ev.Started(managed.child.pid, incarnation, degraded))
 
-    def _spawn(self, managed: Managed, incarnation: int) -> Child:
-        home, config = self.home, self.config
-        file = home.spec(managed.name, incarnation)
-        output = home.logs / f"{managed.name}.out"
-        log_file = str(home.logs / f"{managed.name}.log")
-        environ: Mapping[str, str] = {**os.environ, "LMX_HOME": str(home.root)}
+    def _spawn(self, managed: Managed, incarnation: int, *, degraded: bool) -> Child:
+        def gone(returncode: int | None) -> None:
+            self._ended(managed, returncode)
+
         if not managed.model:
-            spec = GatewaySpec(
-                incarnation,
-                self.listen_fd,
-                str(home.control_socket),
-                log_file,
-                config.log.level,
-                config.gateway,
-                config.lifecycle,
-            )
-            write_spec(file, spec)
-            return spawn(
-                self.platform,
-                GATEWAY,
-                file,
-                output=output,
-                environ=environ,
-                gone=lambda code: self._ended(managed, code),
-                pass_fds=(self.listen_fd,),
-            )
-        managed.endpoint = str(home.endpoint(managed.name, incarnation))
-        worker = WorkerSpec(
-            managed.name,
-            managed.model,
-            incarnation,
-            managed.path,
-            managed.endpoint,
-            str(home.control_socket),
-            log_file,
-            config.log.level,
-            config.models,
-            config.lifecycle,
-            self.preload.library if self.preload is not None else "",
-        )
-        write_spec(file, worker)
-        return spawn(
-            self.platform,
-            config.worker.module,
-            file,
-            output=output,
-            environ=worker_environment(environ, self.preload, config.worker.blas_threads),
-            gone=lambda code: self._ended(managed, code),
-        )
+            return self.launcher.gateway(managed.name, incarnation, self.listen_fd, gone)
+        managed.endpoint = str(self.home.endpoint(managed.name, incarnation))
+        return self.launcher.worker(managed.name, incarnation, managed.model, managed.path, gone, degraded=degraded)
 
     def _ended(self, managed: Managed, returncode: int | None) -> None:
         slot = managed.slot
@@ -264,6 +238,8 @@ class Host:
             state=slot.state.value,
         )
         managed.child = None
+        if managed.model and record.counted and not asked:
+            self._count_failure(managed)
         if managed.channel is not None:
             managed.channel.close("its process ended")
             managed.channel = None
@@ -272,6 +248,16 @@ class Host:
                 with contextlib.suppress(OSError):
                     leftover.unlink()
         self.feed(managed, ev.Exited(record, self._luck()))
+        if not managed.model and managed.name != GATEWAY:
+            self.remove(managed)  # a gateway that was replaced
+
+    def _count_failure(self, managed: Managed) -> None:
+        now = time.monotonic()
+        was_open = now < self.breaker.open_until
+        self.breaker = after_failure(self.breaker, managed.model, now, self.config.lifecycle)
+        if now < self.breaker.open_until and not was_open:
+            seconds = self.config.lifecycle.breaker_open_s
+            self.journal.write("host_breaker_open", level="ERROR", seconds=seconds, failures=len(self.breaker.failures))
 
     def _luck(self) -> float:
         return self._random.uniform(-1, 1)
@@ -297,8 +283,18 @@ class Host:
             self.start(gateway)
         models = self.models()
         chosen = life.may_start([managed.slot for managed in models], now)
-        if chosen is not None:
+        if chosen is not None and start_allowed_at(self.breaker, now, self.config.lifecycle) <= now:
             self.start(models[chosen])
+
+    def replace_gateway(self) -> None:
+        """Start another gateway on the same listening socket, and let the present one finish what it has."""
+        old = self.slots.pop(GATEWAY)
+        self.add(GATEWAY, old.settings.policy).slot = msgspec.structs.replace(
+            Slot(), wanted=True, state=ModelState.STARTING, incarnation=old.slot.incarnation, restarts=old.slot.restarts
+        )
+        old.name = f"{GATEWAY}.{old.slot.incarnation}"
+        self.slots[old.name] = old
+        self.feed(old, ev.Unwant())
 
     def release(self) -> None:
         """Start to start: everything that could be adopted has been."""

@@ -18,6 +18,8 @@ from supervisor.restarts import History, after_failure
 from supervisor.slot import COMING_UP, Settings, Slot
 
 _GIB: Final = 1024**3
+#: Deadlines that end nothing.
+_MILD: Final = frozenset({"late", "stable"})
 
 Outcome = tuple[Slot, tuple[Action, ...]]
 
@@ -34,12 +36,16 @@ def advance(slot: Slot, event: Event, now: float, settings: Settings) -> Outcome
         case ev.Unwant(force):
             return _leave(msgspec.structs.replace(slot, wanted=False), now, force=force)
         case ev.Restart(force):
-            fresh = msgspec.structs.replace(slot, wanted=True, history=History(), reason="")
-            if not slot.alive:
-                return _to(fresh, ModelState.STARTING, now, retry_at=now), ()
-            return _leave(fresh, now, force=force)
-        case ev.Started(pid, incarnation):
-            return _started(slot, pid, incarnation, now), ()
+            fresh = _reset(msgspec.structs.replace(slot, wanted=True), now)
+            return _leave(fresh, now, force=force) if slot.alive else (fresh, ())
+        case ev.Reset():
+            return _reset(slot, now), ()
+        case ev.SetAside(reason):
+            if slot.alive:
+                return slot, ()
+            return _to(slot, ModelState.QUARANTINED, now, wanted=True, reason=reason, probe_at=0.0), ()
+        case ev.Started(pid, incarnation, degraded):
+            return _started(slot, pid, incarnation, now, degraded=degraded), ()
         case ev.Adopted(pid, incarnation, phase):
             return _adopted(slot, pid, incarnation, phase, now), ()
         case ev.Exited(record, luck):
@@ -65,7 +71,8 @@ def next_deadline(slot: Slot, settings: Settings) -> float | None:
     if slot.waiting:
         return slot.retry_at
     if not slot.alive:
-        return None
+        probing = slot.wanted and slot.state is ModelState.QUARANTINED and slot.probe_at > 0
+        return slot.probe_at if probing else None
     return min(when for when, _ in _deadlines(slot, settings.config))
 
 
@@ -83,8 +90,13 @@ def _to(slot: Slot, state: ModelState, now: float, **changes: object) -> Slot:
 
 def _want(slot: Slot, now: float) -> Slot:
     slot = msgspec.structs.replace(slot, wanted=True)
-    if slot.state in {ModelState.STOPPED, ModelState.QUARANTINED}:
-        return _to(slot, ModelState.STARTING, now, retry_at=now, history=History(), reason="", pid=0)
+    return _reset(slot, now) if slot.state in {ModelState.STOPPED, ModelState.QUARANTINED} else slot
+
+
+def _reset(slot: Slot, now: float) -> Slot:
+    slot = msgspec.structs.replace(slot, history=History(), probes=0, probing=False, probe_at=0.0)
+    if slot.wanted and slot.state in {ModelState.STOPPED, ModelState.QUARANTINED, ModelState.BACKOFF}:
+        return _to(slot, ModelState.STARTING, now, retry_at=now, reason="")
     return slot
 
 
@@ -100,7 +112,7 @@ def _leave(slot: Slot, now: float, *, force: bool) -> Outcome:
     return _to(slot, ModelState.STOPPING, now), (Action.ASK_STOP,)
 
 
-def _started(slot: Slot, pid: int, incarnation: int, now: float) -> Slot:
+def _started(slot: Slot, pid: int, incarnation: int, now: float, *, degraded: bool = False) -> Slot:
     return _to(
         slot,
         ModelState.STARTING,
@@ -119,6 +131,7 @@ def _started(slot: Slot, pid: int, incarnation: int, now: float) -> Slot:
         condemned="",
         terminated=False,
         killed=False,
+        degraded=degraded,
         reason="",
     )
 
@@ -180,16 +193,31 @@ def _failed(slot: Slot, record: ExitRecord, luck: float, now: float, settings: S
     ready_for = None if slot.ready_at is None else now - slot.ready_at
     gone = msgspec.structs.replace(slot, pid=0, last_exit=record, ready_at=None)
     if record.permanent and settings.policy.quarantine:
-        return _to(gone, ModelState.QUARANTINED, now, reason=record.reason)
+        return _set_aside(gone, record.reason, now, settings)
     if not record.counted:
-        return _to(gone, ModelState.BACKOFF, now, retry_at=now, reason=record.reason)
+        return _to(gone, ModelState.BACKOFF, now, retry_at=now + record.extra_delay_s, reason=record.reason)
     verdict = after_failure(
-        settings.policy, slot.history, now=now, ready_for_s=ready_for, load_s=slot.load_s, luck=luck
+        settings.policy,
+        slot.history,
+        now=now,
+        ready_for_s=ready_for,
+        load_s=slot.load_s,
+        luck=luck,
+        at_least_s=record.extra_delay_s,
     )
     gone = msgspec.structs.replace(gone, history=verdict.history)
-    if verdict.why is not None:
-        return _to(gone, ModelState.QUARANTINED, now, reason=f"{verdict.why}; last: {record.reason}")
+    if verdict.why is not None or slot.probing:
+        why = verdict.why or "failed again when it was tried"
+        return _set_aside(gone, f"{why}; last: {record.reason}", now, settings)
     return _to(gone, ModelState.BACKOFF, now, retry_at=now + verdict.delay_s, reason=record.reason)
+
+
+def _set_aside(slot: Slot, reason: str, now: float, settings: Settings) -> Slot:
+    """Into quarantine, with the time of the next try by itself if its last end allows one."""
+    delays = settings.config.probe_delays_s
+    allowed = slot.last_exit is not None and slot.last_exit.probe and not slot.last_exit.permanent
+    probe_at = now + delays[min(slot.probes, len(delays) - 1)] if delays and allowed else 0.0
+    return _to(slot, ModelState.QUARANTINED, now, reason=reason, probe_at=probe_at, probing=False)
 
 
 # -- time -------------------------------------------------------------------------------------------------------
@@ -217,7 +245,8 @@ def _deadlines(slot: Slot, config: LifecycleConfig) -> list[tuple[float, str]]:
         case ModelState.STOPPING:
             return [(_stopping_deadline(slot, config), "stop")]
         case _:
-            return [*_beats(slot, config), *_steps(slot, config)]
+            stable = [((slot.ready_at or 0.0) + config.stable_s, "stable")] if slot.probing else []
+            return [*_beats(slot, config), *_steps(slot, config), *stable]
 
 
 def _beats(slot: Slot, config: LifecycleConfig) -> list[tuple[float, str]]:
@@ -244,20 +273,30 @@ def _stopping_deadline(slot: Slot, config: LifecycleConfig) -> float:
 
 def _tick(slot: Slot, late_s: float, now: float, config: LifecycleConfig) -> Outcome:
     if not slot.alive:
-        return slot, ()
+        return _probe(slot, now), ()
     if late_s > config.slept_s:
         return _forget_time(slot, now), ()
     due = [(when, why) for when, why in _deadlines(slot, config) if when <= now]
     if not due:
         return slot, ()
-    why = min(due)[1] if len(due) == 1 else next((w for _, w in sorted(due) if w != "late"), "late")
+    why = min(due)[1] if len(due) == 1 else next((w for _, w in sorted(due) if w not in _MILD), min(due)[1])
     if slot.state is ModelState.STOPPING:
         return _insist(slot)
+    if why == "stable":
+        return msgspec.structs.replace(slot, probing=False, probes=0, history=History()), ()
     if why == "late":
         return msgspec.structs.replace(slot, late=True), ()
     if why == "drained":
         return _to(slot, ModelState.STOPPING, now), (Action.ASK_STOP,)
     return _to(slot, ModelState.STOPPING, now, condemned=why, reason=why), (Action.DUMP_STACKS,)
+
+
+def _probe(slot: Slot, now: float) -> Slot:
+    """Half open: a model in quarantine is tried once more when its time has come."""
+    due = slot.wanted and slot.state is ModelState.QUARANTINED and 0 < slot.probe_at <= now
+    if not due:
+        return slot
+    return _to(slot, ModelState.STARTING, now, retry_at=now, probe_at=0.0, probes=slot.probes + 1, probing=True)
 
 
 def _insist(slot: Slot) -> Outcome:

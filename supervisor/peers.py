@@ -41,7 +41,7 @@ class Peers:
 
     async def gateway(self, hello: control.GatewayHello, connection: Connection) -> None:
         """Serve the gateway until its connection ends."""
-        managed = self._host.slots[GATEWAY]
+        managed = self._gateway_slot(hello)
         descriptor = connection.channel.take_fd()
         if descriptor is not None:
             self._handed_back(descriptor)
@@ -51,6 +51,13 @@ class Peers:
         self._attach(managed, connection)
         connection.channel.send(encode(self._catalog()))
         await self._listen(managed, connection)
+
+    def _gateway_slot(self, hello: control.GatewayHello) -> Managed:
+        """Return the slot of this very gateway, which may be one that was replaced; else the present one."""
+        for managed in self._host.slots.values():
+            if not managed.model and managed.slot.incarnation == hello.incarnation and managed.slot.pid == hello.pid:
+                return managed
+        return self._host.slots[GATEWAY]
 
     async def close(self) -> None:
         """Wait for the strangers that are being ended."""

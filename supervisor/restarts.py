@@ -6,14 +6,10 @@ import msgspec
 
 from protocol.config import LifecycleConfig
 
-_BURST_FAILURES: Final = 3
-_BURST_S: Final = 60.0
-_UNREADY_FAILURES: Final = 3
-_SLOW_FAILURES: Final = 5
-_SLOW_S: Final = 600.0
 #: A model that loads for minutes needs a window in which five loads fit.
 _SLOW_LOADS: Final = 6
-_MAX_REMEMBERED: Final = 16
+#: Times of failures that are kept; thresholds above it never trip.
+_MAX_REMEMBERED: Final = 64
 
 
 class RestartPolicy(msgspec.Struct, frozen=True):
@@ -24,6 +20,11 @@ class RestartPolicy(msgspec.Struct, frozen=True):
     stable_s: float
     forgive_one_s: float
     forgive_all_s: float
+    burst_failures: int
+    burst_s: float
+    unready_failures: int
+    slow_failures: int
+    slow_s: float
     quarantine: bool = True
 
 
@@ -46,24 +47,39 @@ class Verdict(msgspec.Struct, frozen=True):
 def worker_policy(config: LifecycleConfig) -> RestartPolicy:
     """Return the policy for model processes."""
     return RestartPolicy(
-        config.restart_delays_s, config.restart_jitter, config.stable_s, config.forgive_one_s, config.forgive_all_s
+        delays_s=config.restart_delays_s,
+        jitter=config.restart_jitter,
+        stable_s=config.stable_s,
+        forgive_one_s=config.forgive_one_s,
+        forgive_all_s=config.forgive_all_s,
+        burst_failures=config.burst_failures,
+        burst_s=config.burst_s,
+        unready_failures=config.unready_failures,
+        slow_failures=config.slow_failures,
+        slow_s=config.slow_s,
     )
 
 
 def gateway_policy(config: LifecycleConfig) -> RestartPolicy:
     """Return the policy for the gateway: always at once the first time, never given up."""
-    return RestartPolicy(
-        config.restart_delays_s, config.restart_jitter, 0.0, config.forgive_one_s, config.forgive_all_s, False
-    )
+    return msgspec.structs.replace(worker_policy(config), stable_s=0.0, quarantine=False)
 
 
 def after_failure(
-    policy: RestartPolicy, history: History, *, now: float, ready_for_s: float | None, load_s: float, luck: float
+    policy: RestartPolicy,
+    history: History,
+    *,
+    now: float,
+    ready_for_s: float | None,
+    load_s: float,
+    luck: float,
+    at_least_s: float = 0.0,
 ) -> Verdict:
     """Return the verdict on a counted failure at `now`.
 
     `ready_for_s` is how long the process had been ready, None if it never was; `load_s` how long its loads take;
-    `luck` in [-1, 1] spreads the delays so that several models do not start in step.
+    `luck` in [-1, 1] spreads the delays so that several models do not start in step; `at_least_s` is what this kind
+    of failure asks for.
     """
     history = _forgive(policy, history, ready_for_s)
     unready = history.unready_in_a_row + 1 if ready_for_s is None else 0
@@ -71,9 +87,9 @@ def after_failure(
     index = min(history.attempt, len(policy.delays_s) - 1)
     if index == 0 and (ready_for_s is None or ready_for_s < policy.stable_s):
         index = min(1, len(policy.delays_s) - 1)
-    delay = max(0.0, policy.delays_s[index] * (1 + policy.jitter * luck))
+    delay = max(at_least_s, 0.0, policy.delays_s[index] * (1 + policy.jitter * luck))
     after = History(failed_at, unready, max(index, history.attempt) + 1)
-    return Verdict(after, delay, _loop(failed_at, unready, now, load_s) if policy.quarantine else None)
+    return Verdict(after, delay, _loop(policy, failed_at, unready, now, load_s) if policy.quarantine else None)
 
 
 def _forgive(policy: RestartPolicy, history: History, ready_for_s: float | None) -> History:
@@ -85,13 +101,13 @@ def _forgive(policy: RestartPolicy, history: History, ready_for_s: float | None)
     return History(history.failed_at[forgiven:], 0, max(0, history.attempt - forgiven))
 
 
-def _loop(failed_at: tuple[float, ...], unready: int, now: float, load_s: float) -> str | None:
+def _loop(policy: RestartPolicy, failed_at: tuple[float, ...], unready: int, now: float, load_s: float) -> str | None:
     """Say in words which crash-loop rule is met, None if none is."""
-    if unready >= _UNREADY_FAILURES:
+    if unready >= policy.unready_failures:
         return f"failed {unready} times in a row before it was ready"
-    if sum(now - t <= _BURST_S for t in failed_at) >= _BURST_FAILURES:
-        return f"failed {_BURST_FAILURES} times within {_BURST_S:.0f} s"
-    window = max(_SLOW_S, _SLOW_LOADS * (load_s + 60.0))
-    if sum(now - t <= window for t in failed_at) >= _SLOW_FAILURES:
-        return f"failed {_SLOW_FAILURES} times within {window:.0f} s"
+    if sum(now - t <= policy.burst_s for t in failed_at) >= policy.burst_failures:
+        return f"failed {policy.burst_failures} times within {policy.burst_s:.0f} s"
+    window = max(policy.slow_s, _SLOW_LOADS * (load_s + 60.0))
+    if sum(now - t <= window for t in failed_at) >= policy.slow_failures:
+        return f"failed {policy.slow_failures} times within {window:.0f} s"
     return None

@@ -33,13 +33,18 @@ def run_supervisor(home: Home, config_file: Path | None) -> CliExit:
         return CliExit.FAILED
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would hold prompts and keys
     setup_logging("supervisor", file=home.logs / "supervisor.log", terminal=True, level=config.log.level)
+    daemon = Daemon(home, config, _announce)
     try:
-        asyncio.run(Daemon(home, config, _announce).run())
+        asyncio.run(daemon.run())
     except Exception as error:  # noqa: BLE001 - the last boundary; launchd starts us again
         exception_event("supervisor_crashed", error)
         return CliExit.FAILED
     finally:
         lock.release()
+    if daemon.handing_over:
+        event("supervisor_becomes_next_image")
+        # The same process, so launchd notices nothing and our children stay ours; the code is read anew.
+        os.execv(sys.executable, sys.orig_argv)
     event("supervisor_ended")
     return CliExit.OK
 

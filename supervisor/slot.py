@@ -59,6 +59,13 @@ class Slot(msgspec.Struct, frozen=True):
     condemned: str = ""
     terminated: bool = False
     killed: bool = False
+    #: The present (or last) process runs with less: see `next_degraded`.
+    degraded: bool = False
+    #: In quarantine: when it is tried again by itself, 0 never; and how many such tries there were.
+    probe_at: float = 0.0
+    probes: int = 0
+    #: This try came out of quarantine by itself: one failure puts it back.
+    probing: bool = False
 
     @property
     def alive(self) -> bool:
@@ -69,6 +76,12 @@ class Slot(msgspec.Struct, frozen=True):
     def waiting(self) -> bool:
         """Whether it waits for its turn or its time to be started."""
         return self.wanted and self.pid == 0 and self.state in {ModelState.STARTING, ModelState.BACKOFF}
+
+    def next_degraded(self, config: LifecycleConfig) -> bool:
+        """Whether the next process should run degraded: a late try of a series, or its last end asks for it."""
+        failures = len(self.history.failed_at)
+        asks = self.last_exit is not None and self.last_exit.degrade and failures > 0
+        return self.probing or asks or failures + 1 >= config.degraded_from_try
 
     @property
     def coming_up(self) -> bool:

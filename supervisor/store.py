@@ -7,6 +7,7 @@ import msgspec
 from protocol.logs import event
 from protocol.paths import Home
 from supervisor.platform.base import Platform
+from supervisor.safety import Strike
 from supervisor.statefile import StateFile
 
 _SCHEMA: Final = 1
@@ -27,6 +28,10 @@ class Desired(msgspec.Struct, frozen=True):
 
     models: tuple[DesiredModel, ...] = ()
     unloaded: tuple[str, ...] = ()
+    #: Kernel panics while a model was being loaded.
+    strikes: tuple[Strike, ...] = ()
+    #: Why nothing is restored until `resume`; empty in ordinary times.
+    safe_mode: str = ""
 
 
 class ChildRecord(msgspec.Struct, frozen=True):
@@ -51,6 +56,10 @@ class Runtime(msgspec.Struct, frozen=True):
     loaded_models: tuple[str, ...] = ()
     last_clean_shutdown: bool = False
     shutdown_reason: str = ""
+    #: The model that was being loaded. Written before the load begins.
+    load_mark: str = ""
+    #: The supervisor gave way to its next image on purpose; the gateway is to follow.
+    handover: bool = False
     saved_at: float = 0.0
     #: The last status document, for `status` while no supervisor runs.
     snapshot: dict[str, Any] | None = None

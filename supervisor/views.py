@@ -146,4 +146,3 @@ def _exit(record: ExitRecord | None) -> dict[str, Any] | None:
         "code": record.code,
         "signal": record.signal,
     }
-

@@ -80,6 +80,12 @@ class Supervisor:
             if isinstance(message, kind) and test(message):
                 return message
 
+    def skip_arrived(self) -> None:
+        """Put aside what has arrived, so that `wait` speaks of what comes from now on."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self.messages.append(self._arrived.get_nowait()[1])
+
     def close(self) -> None:
         """Be gone, socket file and all."""
         with contextlib.suppress(OSError):
@@ -277,7 +283,10 @@ class WorkerProcess:
         return gateway
 
     def heartbeat(self, test: Callable[[control.Heartbeat], bool] = lambda _: True) -> control.Heartbeat:
+        """Return the next heartbeat that passes the test and was surely made after this call."""
         assert self.supervisor is not None
+        self.supervisor.skip_arrived()
+        self.supervisor.wait(control.Heartbeat)  # this one may have been on its way
         return self.supervisor.wait(control.Heartbeat, test)
 
     def exit_code(self, timeout_s: float = PATIENCE_S) -> int:

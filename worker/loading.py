@@ -41,6 +41,7 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
     eos = frozenset(int(token) for token in tokenizer.eos_token_ids)
     context = find_context(folder.max_model_len, tokenizer)
     prompts = PromptMaker(tokenizer, max_model_len=context, eos=eos)
+    prompts.warm_up()
     slots = spec.models.max_concurrent_requests
     backend = BatchBackend(model, eos, slots=slots, prefill_tokens=spec.models.prefill_step_tokens)
     return Loaded(

@@ -1,10 +1,11 @@
 """From a conversation to prompt tokens, with every check a request has to pass before it may wait for a slot."""
 
+import contextlib
 from typing import Any, Final
 
 import jinja2
 
-from protocol.data import ChatMessage, Submit
+from protocol.data import ChatMessage, Kind, Sampling, Submit
 from protocol.errors import LmxError
 from worker.detok import AnswerText, Decode, StopStrings, TokenText
 from worker.jobs import Prepared
@@ -37,6 +38,12 @@ class PromptMaker:
     def has_chat_template(self) -> bool:
         """Whether the model says itself how a conversation is written."""
         return bool(self._tokenizer.has_chat_template)
+
+    def warm_up(self) -> None:
+        """Compile the template, so that the first request does not pay for it."""
+        probe = Submit(0, 0, Kind.CHAT, [ChatMessage("user", "hi")], Sampling(), 1.0)
+        with contextlib.suppress(LmxError):  # a template may want more than this conversation has
+            self.prepare(probe)
 
     def prepare(self, submit: Submit) -> Prepared:
         """Return the request ready for the engine; raise `LmxError` with words for the client."""

@@ -21,14 +21,17 @@ from protocol.control import (
     GatewayHeartbeat,
     GatewayHello,
     GatewayReady,
+    HandoverRequest,
     Heartbeat,
     Loading,
     LoadRequest,
     Ping,
     Progress,
     Ready,
+    ResetRequest,
     RestartRequest,
     Result,
+    ResumeRequest,
     StatusReply,
     StatusRequest,
     Stop,
@@ -102,8 +105,8 @@ GOLDEN: tuple[tuple[Any, str], ...] = (
         "931001cb405e000000000000",
     ),
     (
-        Drain(30.0),
-        "9211cb403e000000000000",
+        Drain(30.0, True),
+        "9311cb403e000000000000c3",
     ),
     (
         Stop("unload"),
@@ -170,6 +173,18 @@ GOLDEN: tuple[tuple[Any, str], ...] = (
     (
         StopRequest(),
         "9124",
+    ),
+    (
+        ResetRequest("org/tiny"),
+        "9225a86f72672f74696e79",
+    ),
+    (
+        ResumeRequest(),
+        "9126",
+    ),
+    (
+        HandoverRequest(),
+        "9127",
     ),
     (
         StatusReply(b"{}"),

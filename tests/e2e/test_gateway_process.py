@@ -6,12 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import httpx
+import psutil
 import pytest
 
-from protocol.config import GatewayConfig, LifecycleConfig
+from protocol.config import LifecycleConfig
 from protocol.control import Drain, Drained, GatewayHeartbeat, GatewayHello, GatewayReady, Stop
 from protocol.data import Finish
 from protocol.states import ModelState, WorkerExit
@@ -201,6 +201,7 @@ def test_it_imports_no_model_code() -> None:
 
 
 async def test_it_starts_in_half_a_second() -> None:
-    async with stack(GatewayConfig()) as lmx:
-        # Three times the promise: two cores may be busy with other tests.
-        assert time.monotonic() - lmx.gateway.started_at < 1.5
+    """Of processor time: the other core may be busy with other tests."""
+    async with stack() as lmx:
+        used = psutil.Process(lmx.gateway.process.pid).cpu_times()
+        assert used.user + used.system < 0.75

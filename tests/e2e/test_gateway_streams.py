@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import msgspec
+import psutil
 import pytest
 
 from protocol.config import GatewayConfig
@@ -287,8 +288,6 @@ def drain(sock: socket.socket) -> bytes:
 
 def rss(lmx: Stack) -> int:
     """Return the gateway's resident memory in KiB."""
-    import psutil
-
     return psutil.Process(lmx.gateway.process.pid).memory_info().rss // 1024
 
 
@@ -370,8 +369,6 @@ async def test_a_stopped_worker_does_not_stop_the_gateway() -> None:
 
 
 async def test_sixty_crashes_leak_nothing() -> None:
-    import psutil
-
     async with stack() as lmx:
         process = psutil.Process(lmx.gateway.process.pid)
         settled = 0

@@ -148,7 +148,6 @@ def test_nonsense_and_other_incarnations_are_dropped_and_counted() -> None:
         gateway.send(data.Abort(INCARNATION + 1, [1]))
         assert gateway.ask(max_tokens=2).text == "tok0 tok1 "
         worker.heartbeat()
-        worker.heartbeat()
         assert worker.events("frames_dropped")[-1]["total"] == 7
 
 
@@ -261,7 +260,7 @@ def test_pings_renew_the_lease() -> None:
     with fault_worker(lifecycle=lifecycle) as worker:
         assert worker.supervisor is not None
         worker.supervisor.send(control.Welcome(1, 0.5))
-        for _ in range(30):  # 1.5 s of heartbeats, each answered
+        for _ in range(15):  # 1.5 s of heartbeats, each second one answered
             worker.heartbeat()
             worker.supervisor.send(control.Ping())
         assert worker.process.poll() is None

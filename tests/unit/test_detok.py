@@ -1,7 +1,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
@@ -46,6 +46,7 @@ few_letters = st.text(alphabet="abé🌍", max_size=30)
 stop_strings = st.lists(st.text(alphabet="abé🌍", min_size=1, max_size=5), max_size=4)
 
 
+@settings(deadline=None)
 @given(text=few_letters, stops=stop_strings, cuts=st.lists(st.integers(0, 100), max_size=12))
 def test_however_the_text_is_cut_the_answer_is_the_same(text: str, stops: list[str], cuts: list[int]) -> None:
     scanner = StopStrings(stops)
@@ -56,6 +57,7 @@ def test_however_the_text_is_cut_the_answer_is_the_same(text: str, stops: list[s
     assert scanner.hit == any(stop in text for stop in stops)
 
 
+@settings(deadline=None)
 @given(text=few_letters, stops=stop_strings)
 def test_nothing_of_a_stop_string_is_ever_shown(text: str, stops: list[str]) -> None:
     scanner = StopStrings(stops)
@@ -66,6 +68,7 @@ def test_nothing_of_a_stop_string_is_ever_shown(text: str, stops: list[str]) -> 
         assert whole.startswith(shown)
 
 
+@settings(deadline=None)
 @given(text=st.text(max_size=40), stops=st.lists(st.text(min_size=1, max_size=4), max_size=4))
 def test_tokens_that_cut_characters_make_the_same_text(text: str, stops: list[str]) -> None:
     answer = AnswerText(token_text(), StopStrings(stops))
@@ -81,6 +84,7 @@ def test_tokens_that_cut_characters_make_the_same_text(text: str, stops: list[st
     assert shown == reference(text, stops)
 
 
+@settings(deadline=None)
 @given(data=st.binary(max_size=60))
 def test_any_bytes_give_what_decoding_them_at_once_gives(data: bytes) -> None:
     text = token_text()

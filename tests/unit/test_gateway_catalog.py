@@ -143,7 +143,16 @@ async def test_only_a_blocked_reader_overflows() -> None:
     request.add(Delta(1, "x", [1]))
     assert request.state is RequestState.FAILED
     assert cut == [True]
+    assert request.client_gone
     assert request.take() == ""
+
+
+async def test_an_endless_whole_answer_is_the_workers_fault() -> None:
+    request = Request(1, 10, streams=False)
+    request.accept(5, 0)
+    request.add(Delta(1, "x" * 11, [1]))
+    assert request.error is not None
+    assert request.error.code == "protocol_error"
 
 
 async def test_traffic_counts_and_drains() -> None:

@@ -1,0 +1,79 @@
+"""How each kind of process is started: its spec file, environment and output file."""
+
+import os
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+
+from protocol.config import Config, ModelsConfig
+from protocol.paths import Home
+from protocol.spec import GatewaySpec, WorkerSpec, write_spec
+from supervisor.children import Child, spawn
+from supervisor.environment import worker_environment
+from supervisor.platform.base import Platform
+from supervisor.platform.blas import Preload
+
+_DEGRADED_PREFILL_TOKENS: Final = 128
+
+Gone = Callable[[int | None], None]
+
+
+class Launcher:
+    """Starts gateways and workers of one home. `gone` is called with the exit status, None if it is not known."""
+
+    def __init__(self, home: Home, config: Config, platform: Platform) -> None:
+        self._home = home
+        self._config = config
+        self._platform = platform
+        self.preload: Preload | None = platform.preload(home.run / "lib") if config.worker.preload_blas else None
+
+    def gateway(self, name: str, incarnation: int, listen_fd: int, gone: Gone) -> Child:
+        """Start a gateway on an open listening socket; raise `OSError` if the system refuses."""
+        home, config = self._home, self._config
+        file = home.spec(name, incarnation)
+        spec = GatewaySpec(
+            incarnation=incarnation,
+            listen_fd=listen_fd,
+            control_socket=str(home.control_socket),
+            log_file=str(home.logs / f"{name}.log"),
+            log_level=config.log.level,
+            gateway=config.gateway,
+            lifecycle=config.lifecycle,
+        )
+        write_spec(file, spec)
+        output = home.logs / f"{name}.out"
+        return spawn(
+            self._platform, "gateway", file, output=output, environ=self._environ(), gone=gone, pass_fds=(listen_fd,)
+        )
+
+    def worker(self, name: str, incarnation: int, model: str, path: str, gone: Gone, *, degraded: bool) -> Child:
+        """Start the worker of a model; raise `OSError` if the system refuses."""
+        home, config = self._home, self._config
+        file = home.spec(name, incarnation)
+        spec = WorkerSpec(
+            slot=name,
+            model=model,
+            incarnation=incarnation,
+            path=path,
+            endpoint=str(home.endpoint(name, incarnation)),
+            control_socket=str(home.control_socket),
+            log_file=str(home.logs / f"{name}.log"),
+            log_level=config.log.level,
+            models=less(config.models) if degraded else config.models,
+            lifecycle=config.lifecycle,
+            preloaded=self.preload.library if self.preload is not None else "",
+        )
+        write_spec(file, spec)
+        environ = worker_environment(self._environ(), self.preload, config.worker.blas_threads)
+        output = home.logs / f"{name}.out"
+        return spawn(self._platform, config.worker.module, file, output=output, environ=environ, gone=gone)
+
+    def _environ(self) -> dict[str, str]:
+        return {**os.environ, "LMX_HOME": str(self._home.root)}
+
+
+def less(models: ModelsConfig) -> ModelsConfig:
+    """Return the settings of a degraded worker: one request at a time, small prefill chunks."""
+    prefill = min(models.prefill_step_tokens, _DEGRADED_PREFILL_TOKENS)
+    return msgspec.structs.replace(models, max_concurrent_requests=1, prefill_step_tokens=prefill)
