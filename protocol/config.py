@@ -1,6 +1,6 @@
 """The configuration: every key with its default, unit and bounds. `docs/configuration.md` lists them for users."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -29,6 +29,14 @@ class GatewayConfig(_Section, frozen=True):
     chat_timeout_s: Seconds = 900.0
     #: Silence on a stream after which a comment keeps the connection alive.
     keepalive_s: Seconds = 5.0
+    #: What happens to a request whose model's process ends: go on in the next one, or fail. `X-LMX-On-Crash` overrides.
+    on_crash: Literal["continue", "fail"] = "continue"
+    #: A request waits this long for a model that is being loaded, or whose process is being replaced.
+    hold_while_loading_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 300.0
+    hold_while_restarting_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 60.0
+    #: A request that was in a crash alone, or on probation, this often within `quarantine_s` is refused for as long.
+    quarantine_after: Count = 2
+    quarantine_s: Seconds = 600.0
     #: Bytes of one answer that may wait for a slow client before it is dropped.
     max_unsent_bytes: Bytes = 1024 * 1024
 

@@ -65,6 +65,15 @@ class Delta(Message, frozen=True):
     usage: Usage | None = None
 
 
+class Resume(Message, frozen=True):
+    """What a request had already been answered with when its last process ended.
+
+    The worker goes on behind these tokens and sends only what comes after the text they stand for; usage counts them.
+    """
+
+    token_ids: list[int]
+
+
 # -- gateway to worker ------------------------------------------------------------------------------------------
 
 
@@ -80,6 +89,7 @@ class Submit(Message, frozen=True, tag=1):
     trace: str = ""
     client: str = ""
     priority: int = 0
+    resume: Resume | None = None
 
 
 class Abort(Message, frozen=True, tag=2):

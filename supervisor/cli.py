@@ -11,6 +11,7 @@ from typing import Any, Final, NoReturn, ParamSpec
 import click
 
 from protocol import __version__, control
+from protocol.messages import Message
 from protocol.paths import Home, default_home
 from protocol.states import CliExit
 from supervisor.client import Client, UnreachableError, WaitedTooLongError
@@ -18,6 +19,8 @@ from supervisor.client import Client, UnreachableError, WaitedTooLongError
 _COMMAND_S: Final = 960.0
 _STOP_S: Final = 400.0
 _WATCH_S: Final = 1.0
+_UPGRADE_S: Final = 60.0
+_POLL_S: Final = 0.05
 P = ParamSpec("P")
 
 
@@ -148,6 +151,52 @@ def restart_worker(home: Home, model: str, force: bool) -> None:
 
 
 @cli.command()
+@click.argument("model")
+@click.pass_obj
+@_reports
+def reset(home: Home, model: str) -> None:
+    """Forget MODEL's failures; if it was set aside, start it again."""
+    _command(home, control.ResetRequest(model))
+
+
+@cli.command()
+@click.pass_obj
+@_reports
+def resume(home: Home) -> None:
+    """Leave safe mode and load what should be live."""
+    _command(home, control.ResumeRequest())
+
+
+@cli.command()
+@click.pass_obj
+@_reports
+def upgrade(home: Home) -> None:
+    """Replace supervisor and gateway by the installed version in place; models and requests go on."""
+    _command(home, control.HandoverRequest())
+    pid = _wait_for_next(home)
+    click.echo(f"supervisor and gateway replaced (pid {pid})")
+
+
+def _wait_for_next(home: Home) -> int:
+    """Return the supervisor's pid once its next image and the gateway that it started serve."""
+    end = time.monotonic() + _UPGRADE_S
+    while time.monotonic() < end:
+        try:
+            client = Client(home)
+            try:
+                document = json.loads(client.status())
+            finally:
+                client.close()
+            if document["supervisor"]["handed_over"] and document["gateway"]["state"] == "ready":
+                return int(document["supervisor"]["pid"])
+        except UnreachableError:
+            pass  # between the two images nobody listens
+        time.sleep(_POLL_S)
+    msg = "the next supervisor is not ready yet: see status"
+    raise WaitedTooLongError(msg)
+
+
+@cli.command()
 @click.pass_obj
 @_reports
 def stop(home: Home) -> None:
@@ -160,7 +209,7 @@ def stop(home: Home) -> None:
     click.echo("stopped")
 
 
-def _command(home: Home, request: control.LoadRequest | control.UnloadRequest | control.RestartRequest) -> None:
+def _command(home: Home, request: Message) -> None:
     from supervisor.progress import show_progress
 
     client = Client(home)

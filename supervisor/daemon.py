@@ -266,6 +266,9 @@ class Daemon:
             started_at=self._started_at,
             durable=self._store.durable,
             problem=self._store.problem,
+            safe_mode=self._intent.safe_mode,
+            handed_over=self._before.handover,
+            breaker_open_s=max(0.0, self._host.breaker.open_until - time.monotonic()),
             now=time.monotonic(),
         )
 

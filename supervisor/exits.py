@@ -1,22 +1,77 @@
-"""What an ended process means: one row per exit code, words for the operator, and whether it counts and repeats."""
+"""What an ended process means: the table in `crash_classes.json`, and the record of one end that it leads to.
 
+The table is read from top to bottom and the first rule that fits decides. What Metal and MLX said beats the bare exit
+code or signal, and the errors of a process itself stand above those that follow from them. Every pattern is made of
+literals, digits and bounded repeats, so that a search is linear in the text and what it matched can be shown to anyone:
+nothing else of what a process wrote gets into `reason`, which ends up in status, journal and errors.
+"""
+
+import builtins
+import re
 import signal
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Final
+from functools import cache
+from importlib.resources import files
+from typing import Final, Literal
 
 import msgspec
 
-from protocol.states import WorkerExit
+#: What is searched of a process's output, in characters, from its end.
+MAX_TAIL: Final = 64 * 1024
+_MAX_LAST_WORDS: Final = 300
+_MAX_TRACEBACK_LINE: Final = 400
+_CONTROLS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
+
+TRACEBACK: Final = "Traceback (most recent call last):"
 
 
-class ExitClass(msgspec.Struct, frozen=True):
-    """A kind of end. `counted`: adds to the crash loop. `permanent`: trying again cannot help."""
+class ExitClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A kind of end. `counted`: adds to the crash loop. `permanent`: trying again cannot help. `probe`: when set aside
+    it is tried again by itself. `degrade`: the next try runs with less. `extra_delay_s`: the least time until then.
+    """
 
-    name: str
     words: str
-    counted: bool = True
-    permanent: bool = False
+    hint: str
+    counted: bool
+    permanent: bool
+    degrade: bool
+    extra_delay_s: float
+    probe: bool
+
+
+class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One row: everything that is given has to fit. `words` and `hint` are the class's unless given here."""
+
+    name: str = msgspec.field(name="class")
+    pattern: str = ""
+    codes: tuple[int, ...] = ()
+    signals: tuple[str, ...] = ()
+    how: Literal["", "code", "signal", "unknown"] = ""
+    jetsam: bool = False
+    words: str = ""
+    hint: str = ""
+    #: Whether the matched text says more than the words do.
+    quote: bool = True
+    source: str = ""
+
+
+class PanicKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A kernel panic that is known, by a part of its text."""
+
+    kind: str
+    pattern: str
+    words: str
+    source: str = ""
+
+
+class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The data file. `exceptions`: types, besides Python's own, whose names may be shown."""
+
+    schema: Literal["lmx.crash_classes/1"]
+    classes: dict[str, ExitClass]
+    rules: tuple[Rule, ...]
+    panics: tuple[PanicKind, ...]
+    exceptions: frozenset[str]
 
 
 class ExitRecord(msgspec.Struct, frozen=True):
@@ -35,76 +90,144 @@ class ExitRecord(msgspec.Struct, frozen=True):
     probe: bool = True
 
 
-ASKED: Final = ExitClass("asked", "stopped because it was asked to", counted=False)
-HANG: Final = ExitClass("hang", "made no progress within its deadline and was ended")
-LOST: Final = ExitClass("lost", "ended; its exit status went to another parent")
-
-_BY_CODE: Final[Mapping[int, ExitClass]] = MappingProxyType(
-    {
-        WorkerExit.ASKED: ExitClass("ended", "ended by itself without being asked"),
-        WorkerExit.USAGE: ExitClass("usage", "was started wrongly", permanent=True),
-        WorkerExit.CORRUPT_MODEL: ExitClass("load_error", "the model's files are damaged", permanent=True),
-        WorkerExit.MISSING_MODEL: ExitClass("load_error", "the model's files are missing", permanent=True),
-        WorkerExit.NO_DEVICE: ExitClass("no_device", "found no usable GPU"),
-        WorkerExit.BUG: ExitClass("python_error", "an unexpected Python error ended it"),
-        WorkerExit.REMOTE_CODE_REFUSED: ExitClass(
-            "load_error", "the model needs code of its own, which is refused", permanent=True
-        ),
-        WorkerExit.BAD_CONFIG: ExitClass("bad_config", "its configuration cannot be used", permanent=True),
-        WorkerExit.GPU_POISONED: ExitClass("gpu_poisoned", "the GPU refused further work of this process"),
-        WorkerExit.METAL_OUT_OF_MEMORY: ExitClass("metal_oom", "Metal ran out of memory"),
-        WorkerExit.RESOURCE_LIMIT: ExitClass("resource_limit", "a resource limit of Metal was reached"),
-        WorkerExit.STALLED: ExitClass("stall", "found itself without progress"),
-        WorkerExit.LEASE_EXPIRED: ExitClass("lease", "saw no supervisor for the lease and ended", counted=False),
-    }
-)
-_KILLED: Final = ExitClass("killed", "was killed from outside (SIGKILL), by a person or by the system for memory")
-_NATIVE: Final = ExitClass("native_crash", "native code crashed")
-_TERMINATED: Final = ExitClass("terminated", "was ended from outside")
-_PYTHON: Final = ExitClass("python_error", "ended with an exit code that is not one of ours")
-
-_NATIVE_SIGNALS: Final = frozenset(
-    {signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP, signal.SIGSYS}
-)
+@cache
+def table() -> Table:
+    """Return the table of crash classes."""
+    return msgspec.json.decode(files("supervisor").joinpath("crash_classes.json").read_bytes(), type=Table)
 
 
-def classify(returncode: int | None, *, at: float, asked: bool, hung: bool, last_words: str = "") -> ExitRecord:
+@cache
+def _patterns() -> Mapping[str, re.Pattern[str]]:
+    rows = (*table().rules, *table().panics)
+    return {row.pattern: re.compile(row.pattern) for row in rows if row.pattern}
+
+
+def classify(
+    returncode: int | None,
+    *,
+    at: float,
+    asked: bool,
+    hung: bool,
+    last_words: str = "",
+    stderr_tail: str = "",
+    jetsam: bool = False,
+    verdict: str = "",
+) -> ExitRecord:
     """Return what the end of a process means.
 
     `returncode` is `Popen.returncode` (negative: a signal), None if unknown. `asked` says that we told it to stop,
-    `hung` that we ended it for lack of progress. `last_words` is what the worker itself gave as the reason.
+    `hung` that we ended it for lack of progress, `jetsam` that a report of the system names it, `verdict` the class if
+    we ended it for a fault that we saw ourselves. `last_words` is what the worker itself gave as the reason;
+    `stderr_tail` the end of what this process wrote, which is only compared with what is known.
     """
-    kind = _kind(returncode, asked=asked, hung=hung)
-    by_signal = _signal_name(-returncode) if returncode is not None and returncode < 0 else None
-    detail = by_signal or (f"exit code {returncode}" if returncode is not None else "")
-    reason = kind.words if not last_words else f"{kind.words}: {last_words}"
+    last_words = _CONTROLS.sub(" ", last_words).strip()[:_MAX_LAST_WORDS]
+    by_signal = signal_name(-returncode) if returncode is not None and returncode < 0 else None
+    code = returncode if returncode is not None and returncode >= 0 else None
+    how = by_signal or ("" if code is None else f"exit code {code}")
+    name = verdict if verdict in table().classes else "hang" if hung or verdict else "asked" if asked else ""
+    if name:
+        says = f": {last_words}" if last_words and name != "asked" else ""
+        return record(name, at=at, detail=says, how="" if name == "asked" else how, code=code, by_signal=by_signal)
+    text = f"{last_words}\n{stderr_tail[-MAX_TAIL:]}"
+    rule, matched = _first_rule(text, code, by_signal, jetsam=jetsam)
+    known = matched if rule.quote else ""
+    if not known and rule.name in {"python_error", "thread_died"}:
+        known = exception_type(stderr_tail[-MAX_TAIL:])
+    says = last_words or known
+    found = record(
+        rule.name, at=at, detail=f": {says}" if says else "", how=how, code=code, by_signal=by_signal, words=rule.words
+    )
+    return msgspec.structs.replace(found, hint=rule.hint or found.hint)
+
+
+def record(
+    name: str,
+    *,
+    at: float,
+    detail: str = "",
+    how: str = "",
+    code: int | None = None,
+    by_signal: str | None = None,
+    words: str = "",
+) -> ExitRecord:
+    """Return the record of an end of class `name`, also for ends that no exit status shows (start_failed, panic).
+
+    `detail` and `how` complete the words of the class: `{words}{detail} ({how})`.
+    """
+    kind = table().classes[name]
     return ExitRecord(
-        name=kind.name,
-        reason=f"{reason} ({detail})" if detail and kind is not ASKED else reason,
+        name=name,
+        reason=f"{words or kind.words}{detail}{f' ({how})' if how else ''}",
         at=at,
-        code=returncode if returncode is not None and returncode >= 0 else None,
+        code=code,
         signal=by_signal,
         counted=kind.counted,
         permanent=kind.permanent,
+        hint=kind.hint,
+        degrade=kind.degrade,
+        extra_delay_s=kind.extra_delay_s,
+        probe=kind.probe,
     )
 
 
-def _kind(returncode: int | None, *, asked: bool, hung: bool) -> ExitClass:
-    if hung:
-        return HANG
-    if asked:
-        return ASKED
-    if returncode is None:
-        return LOST
-    if returncode >= 0:
-        return _BY_CODE.get(returncode, _PYTHON)
-    number = -returncode
-    if number == signal.SIGKILL:
-        return _KILLED
-    return _NATIVE if number in _NATIVE_SIGNALS else _TERMINATED
+def _first_rule(text: str, code: int | None, by_signal: str | None, *, jetsam: bool) -> tuple[Rule, str]:
+    how = "signal" if by_signal else "unknown" if code is None else "code"
+    for rule in table().rules:
+        if (
+            (rule.codes and code not in rule.codes)
+            or (rule.signals and by_signal not in rule.signals)
+            or (rule.how and rule.how != how)
+            or (rule.jetsam and not jetsam)
+        ):
+            continue
+        if not rule.pattern:
+            return rule, ""
+        match = _patterns()[rule.pattern].search(text)
+        if match is not None:
+            return rule, match.group().strip()
+    msg = "the table's last rules fit everything"
+    raise AssertionError(msg)
 
 
-def _signal_name(number: int) -> str:
+def known_text(line: str) -> str:
+    """Return the part of a line that is a known message of Metal, MLX, the system or a kernel panic; "" if none is."""
+    for pattern in _patterns().values():
+        match = pattern.search(line)
+        if match is not None:
+            return match.group().strip()
+    return ""
+
+
+def known_panic(text: str) -> PanicKind | None:
+    """Return the kind of a kernel panic, None if it is none that we know."""
+    return next((kind for kind in table().panics if _patterns()[kind.pattern].search(text)), None)
+
+
+def exception_type(text: str) -> str:
+    """Return the type that the last traceback in a text ends with; "" if there is none, or none that may be shown.
+
+    The type stands in the first line after the traceback's indented ones. The lines after it belong to the message,
+    which may hold anything, a made-up traceback too: only known names are returned.
+    """
+    start = text.rfind(TRACEBACK)
+    if start < 0:
+        return ""
+    for line in text[start + len(TRACEBACK) :].lstrip("\n").splitlines():
+        if line[:1] not in {" ", "\t"}:
+            return shown_type(line[:_MAX_TRACEBACK_LINE].partition(":")[0].strip())
+    return ""
+
+
+def shown_type(name: str) -> str:
+    """Return the name of an exception type if it is Python's or in the table, else ""."""
+    if name in table().exceptions:
+        return name
+    kind = getattr(builtins, name, None) if name.isidentifier() else None
+    return name if isinstance(kind, type) and issubclass(kind, BaseException) else ""
+
+
+def signal_name(number: int) -> str:
+    """Return SIGABRT and the like."""
     try:
         return signal.Signals(number).name
     except ValueError:

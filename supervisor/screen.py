@@ -41,6 +41,11 @@ def status_text(document: dict[str, Any]) -> str:
     lines = [f"supervisor  pid {supervisor['pid']}, up {duration(supervisor['uptime_s'])}"]
     if not supervisor.get("state_durable", True):
         lines.append(f"STATE NOT DURABLE: {supervisor.get('state_problem')}")
+    if supervisor.get("safe_mode"):
+        lines.append(f"SAFE MODE: {supervisor['safe_mode']}; nothing is loaded by itself until: lmx-supervisor resume")
+    if supervisor.get("host_breaker_open_s"):
+        seconds = supervisor["host_breaker_open_s"]
+        lines.append(f"HOST BREAKER open {seconds:.0f} s: several models failed together; starts are rationed")
     if gateway is not None:
         pid = f"pid {gateway['pid']}, " if gateway["pid"] else ""
         lines.append(f"gateway     {pid}{gateway['state']}, {gateway['url'] or 'not listening'}{_restarts(gateway)}")
@@ -81,6 +86,8 @@ def _state(model: dict[str, Any]) -> str:
         return f"loading {100 * progress['done_bytes'] // progress['total_bytes']} %"
     if state == "backoff" and model["retry_in_s"] is not None:
         return f"backoff {model['retry_in_s']:.0f} s"
+    if model.get("degraded"):
+        return f"{state} (degraded)"
     return f"{state} (late)" if model["heartbeat_late"] else state
 
 
@@ -100,4 +107,5 @@ def _note(model: dict[str, Any]) -> str:
     if model["state"] != "quarantined":
         return ""
     reason = (model["reason"] or "")[:_MAX_REASON]
-    return f"{model['id']} was set aside: {reason}\n  try again with: lmx-supervisor restart-worker {model['id']}"
+    probe = f"; tried again by itself in {duration(model['probe_in_s'])}" if model.get("probe_in_s") else ""
+    return f"{model['id']} was set aside: {reason}{probe}\n  try again with: lmx-supervisor reset {model['id']}"

@@ -84,7 +84,16 @@ def _public(record: ExitRecord | None, otherwise: str) -> str:
 
 
 def status_document(
-    slots: Iterable[Managed], *, url: str, started_at: float, durable: bool, problem: str, now: float
+    slots: Iterable[Managed],
+    *,
+    url: str,
+    started_at: float,
+    durable: bool,
+    problem: str,
+    safe_mode: str,
+    handed_over: bool,
+    breaker_open_s: float,
+    now: float,
 ) -> dict[str, Any]:
     """Return the document of `lmx-supervisor status --json`. `now` is monotonic, `started_at` Unix time."""
     slots = list(slots)
@@ -97,6 +106,9 @@ def status_document(
             "version": __version__,
             "state_durable": durable,
             "state_problem": problem or None,
+            "safe_mode": safe_mode or None,
+            "handed_over": handed_over,
+            "host_breaker_open_s": round(breaker_open_s, 1) or None,
         },
         "gateway": {
             "pid": gateway.slot.pid or None,
@@ -126,6 +138,8 @@ def _model(managed: Managed, now: float) -> dict[str, Any]:
         "path": managed.path,
         "reason": slot.reason or None,
         "state_for_s": round(now - slot.since, 3),
+        "degraded": slot.degraded and slot.pid != 0,
+        "probe_in_s": round(max(0.0, slot.probe_at - now), 1) if slot.probe_at else None,
         "retry_in_s": round(max(0.0, slot.retry_at - now), 3) if slot.state is ModelState.BACKOFF else None,
         "load_s": round(slot.load_s, 3) or None,
         "progress": {"done_bytes": slot.done_bytes, "total_bytes": slot.total_bytes},
@@ -145,4 +159,5 @@ def _exit(record: ExitRecord | None) -> dict[str, Any] | None:
         "at": record.at,
         "code": record.code,
         "signal": record.signal,
+        "hint": record.hint or None,
     }
