@@ -104,8 +104,9 @@ def make_request(host: str, model: str, text: str, tokens: int) -> bytes:
 async def run_load(url: str, model: str, *, streams: int, tokens: int, requests: int) -> dict[str, object]:
     """Run `streams` streams of `requests` requests each; return what `bench.inprocess` returns, and `events`."""
     place = urlsplit(url)
+    host, port = place.hostname or "", place.port or 80
     loop = asyncio.get_running_loop()
-    connections = [(await loop.create_connection(Connection, place.hostname, place.port))[1] for _ in range(streams)]
+    connections = [(await loop.create_connection(Connection, host, port))[1] for _ in range(streams)]
 
     async def stream(number: int, connection: Connection) -> list[Served]:
         texts = [question(number, request) for request in range(requests)]
@@ -138,7 +139,7 @@ def main() -> int:
     try:
         print(json.dumps(uvloop.run(load)))
     except (LoadFailedError, OSError, TimeoutError) as error:
-        sys.stderr.write(f"load: {error or type(error).__name__}\n")
+        sys.stderr.write(f"load: {type(error).__name__}: {error}\n")
         return 1
     return 0
 

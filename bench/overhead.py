@@ -35,8 +35,8 @@ _DISTURBED: Final = 0.10
 _TRIES: Final = 4
 _QUIET_WAIT_S: Final = 5.0
 #: A measurement takes about this many tokens, so that starting and ending do not count for much.
-_TOKENS_PER_STREAM: Final = {1: 2048, 4: 1024}
-_TOKENS_OTHERWISE: Final = 768
+_TOKENS_PER_STREAM: Final = {1: 2048, 4: 2048}
+_TOKENS_OTHERWISE: Final = 1536
 
 Measured = dict[str, Any]
 

@@ -98,8 +98,8 @@ def table() -> Table:
 
 @cache
 def _patterns() -> Mapping[str, re.Pattern[str]]:
-    rows = (*table().rules, *table().panics)
-    return {row.pattern: re.compile(row.pattern) for row in rows if row.pattern}
+    patterns = [*(rule.pattern for rule in table().rules), *(panic.pattern for panic in table().panics)]
+    return {pattern: re.compile(pattern) for pattern in patterns if pattern}
 
 
 def classify(

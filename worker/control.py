@@ -106,6 +106,23 @@ class ControlClient:
         except (FrameTooLargeError, MalformedMessageError):
             self.close("the supervisor sent something unreadable")
 
+    def finish(self, within_s: float) -> None:
+        """End the connection so that the last words are read.
+
+        Closed at once, with the supervisor's welcome still on its way, the other side would see a broken pipe before
+        it has read them. So only our direction is closed, and the supervisor closes its own when it has read all.
+        """
+        sock, self._sock = self._sock, None
+        if sock is None:
+            return
+        with contextlib.suppress(OSError), sock:
+            sock.settimeout(within_s)
+            sock.sendall(self._unsent)
+            sock.shutdown(socket.SHUT_WR)
+            until = monotonic() + within_s
+            while sock.recv(_READ_BYTES) and monotonic() < until:
+                pass
+
     def close(self, why: str) -> None:
         """Drop the connection; `dial` makes the next one."""
         if self._sock is None:

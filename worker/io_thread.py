@@ -288,9 +288,8 @@ class IoThread:
         os._exit(self._exit_code or WorkerExit.STALLED)
 
     def _close(self) -> None:
-        self._control.flush()
         self._link.close(_FLUSH_S)
-        self._control.close("the worker ends")
+        self._control.finish(_FLUSH_S / 2)
         self._done = True
 
 

@@ -300,6 +300,14 @@ def test_an_exception_in_the_engine_fails_every_request_and_exits_with_words() -
         assert worker.exit_code() == WorkerExit.GPU_POISONED
 
 
+def test_a_worker_without_its_io_thread_ends_at_once() -> None:
+    with fault_worker() as worker:
+        worker.gateway().submit("[[io]]")
+        assert worker.exit_code(10) == WorkerExit.BUG
+        (died,) = worker.events("thread_died")
+        assert died["thread"] == "io"
+
+
 def test_a_canary_that_fails_ends_the_worker_before_it_is_ready() -> None:
     with WorkerProcess(fault={"at": "warming", "deed": "raise"}) as worker:
         assert worker.supervisor is not None

@@ -124,21 +124,20 @@ def test_a_stop_string_of_real_text_ends_the_answer_before_it(gateway: Gateway) 
     assert answer.usage.completion_tokens == len(answer.tokens) < 30
 
 
-def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(gateway: Gateway) -> None:
-    answer = gateway.ask("sea " * 9000)
-    assert answer.code == "context_length_exceeded"
-    assert isinstance(answer.error, data.Refused)
-    assert "8192" in answer.error.message
-    assert "90" in answer.error.message
-    assert answer.error.param == "messages"
-
-
-def test_max_tokens_is_clipped_to_the_room_that_is_left(gateway: Gateway) -> None:
-    prompt = "sea " * 8150
-    answer = gateway.ask(prompt, max_tokens=5000)
-    assert answer.finish is data.Finish.LENGTH
-    assert answer.usage is not None
-    assert answer.usage.prompt_tokens + answer.usage.completion_tokens == 8192
+def test_the_context_bounds_the_prompt_and_the_answer(tmp_path: Path) -> None:
+    with WorkerProcess(make_tiny_model(tmp_path / "short", context=256), module="worker") as worker:
+        gateway = worker.ready().gateway()
+        refused = gateway.ask("sea " * 300)
+        assert (refused.code, refused.accepted) == ("context_length_exceeded", None)
+        assert isinstance(refused.error, data.Refused)
+        assert refused.error.param == "messages"
+        assert "256" in refused.error.message  # and the prompt's own length, which the template adds to
+        clipped = gateway.ask("sea " * 200, max_tokens=5000)
+        unlimited = gateway.ask("sea " * 200)
+        for answer in (clipped, unlimited):
+            assert answer.finish is data.Finish.LENGTH
+            assert answer.usage is not None
+            assert answer.usage.prompt_tokens + answer.usage.completion_tokens == 256
 
 
 def test_aborts_free_their_slot_at_every_stage(tiny: Path) -> None:

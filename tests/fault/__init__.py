@@ -11,5 +11,6 @@ marker in the last message of a request:
     [[seize]]                the engine hangs and keeps the GIL: the whole process is silent
     [[garbage]]              unreadable frames to the gateway, then the answer
     [[wrong]]                frames of another incarnation to the gateway, then the answer
+    [[io]]                   an exception in the IO thread
     [[tokens 500]]           an answer of 500 tokens
 """

@@ -31,6 +31,9 @@ class FaultyInbound(Inbound):
 
     def _on_submit(self, gateway: bytes, submit: Submit, now: float) -> None:
         word, _ = marker(submit.messages[-1].content if submit.messages else "")
+        if word == "io":
+            msg = "made up by the fault worker"
+            raise RuntimeError(msg)
         router = self._link._router
         if self.plan.garbage or word == "garbage":
             for frame in (b"", b"\xff" * 64, b"\x93\x21\x01", os.urandom(2000), b"\xc1"):

@@ -255,3 +255,73 @@ def _random_event(rng: random.Random, slot: Slot, now: float) -> ev.Event:
 def test_slots_are_values() -> None:
     slot = ready()
     assert msgspec.structs.replace(slot) == slot
+
+
+def fail_until_quarantined(now: float = 0.0) -> Slot:
+    slot, _ = play([(now, ev.Want())])
+    for k in range(3):
+        now += 100
+        slot, _ = play([(now, ev.Started(20 + k, k + 1)), (now + 1, ev.Exited(ABORTED))], slot)
+    return slot
+
+
+def test_a_model_in_quarantine_is_tried_again_after_10_30_and_60_minutes() -> None:
+    slot, waits = fail_until_quarantined(), []
+    for k in range(4):
+        waits.append(slot.probe_at - slot.since)
+        assert advance(slot, ev.Tick(), slot.probe_at - 0.1, SETTINGS) == (slot, ())
+        now = slot.probe_at
+        slot, _ = play([(now, ev.Tick())], slot)
+        assert may_start([slot], now) == 0
+        assert slot.next_degraded(CONFIG)
+        slot, _ = play([(now, ev.Started(50 + k, 10 + k, True)), (now + 5, ev.Exited(ABORTED))], slot)
+        assert slot.state is ModelState.QUARANTINED, "one failure puts a probe back"
+    assert waits == [600, 1800, 3600, 3600]
+
+
+def test_a_probe_that_stays_ready_for_a_minute_ends_the_quarantine() -> None:
+    slot = fail_until_quarantined()
+    now = slot.probe_at
+    beats = [(now + 6.0 + t, ev.Beat(Phase.IDLE, 0)) for t in range(70)]
+    slot, _ = play([(now, ev.Tick()), (now, ev.Started(9, 9, True)), (now + 5, ev.BecameReady(4.0))], slot)
+    slot, _ = play([*beats, (now + 66, ev.Tick())], slot)
+    assert (slot.probing, slot.history.failed_at) == (False, ())
+    slot, _ = play([(now + 90, ev.Exited(ABORTED))], slot)
+    assert slot.state is ModelState.BACKOFF
+
+
+def test_a_damaged_model_is_not_tried_again_by_itself() -> None:
+    slot, _ = play([(0, ev.Want()), (0, ev.Started(5, 1)), (1, ev.Exited(CORRUPT))])
+    assert slot.probe_at == 0
+    assert play([(1e6, ev.Tick())], slot)[0] == slot
+
+
+def test_from_the_third_try_a_model_runs_degraded() -> None:
+    slot, _ = play([(0, ev.Want())])
+    degraded = []
+    for k in range(3):
+        degraded.append(slot.next_degraded(CONFIG))
+        slot, _ = play([(k * 100, ev.Started(k + 1, k + 1)), (k * 100 + 50, ev.BecameReady(1.0))], slot)
+        slot, _ = play([(k * 100 + 80, ev.Exited(ABORTED))], slot)
+    assert degraded == [False, False, True]
+
+
+def test_a_crash_that_asks_for_it_degrades_the_next_try_at_once() -> None:
+    asks = msgspec.structs.replace(ABORTED, degrade=True, extra_delay_s=60.0)
+    slot, _ = play([(30.0, ev.Exited(asks))], ready())
+    assert slot.next_degraded(CONFIG)
+    assert slot.retry_at == pytest.approx(90.0)
+
+
+def test_reset_forgets_failures_and_starts_what_was_set_aside() -> None:
+    slot, _ = play([(400, ev.Reset())], fail_until_quarantined())
+    assert (slot.state, slot.history.failed_at, may_start([slot], 400)) == (ModelState.STARTING, (), 0)
+    healthy = ready()
+    assert play([(20, ev.Reset())], healthy)[0].pid == healthy.pid
+
+
+def test_what_is_set_aside_for_a_panic_stays_until_it_is_asked_for() -> None:
+    slot, _ = play([(0, ev.SetAside("the machine panicked"))])
+    assert (slot.state, slot.reason, slot.probe_at) == (ModelState.QUARANTINED, "the machine panicked", 0)
+    assert play([(1e6, ev.Tick())], slot)[0].state is ModelState.QUARANTINED
+    assert may_start([play([(1e6, ev.Want())], slot)[0]], 1e6) == 0

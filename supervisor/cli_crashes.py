@@ -1,0 +1,99 @@
+"""`lmx-supervisor crashes`: what is kept of past crashes. Reads the folder itself: no supervisor has to run."""
+
+import json
+import sys
+import time
+from typing import Any, Final
+
+import click
+import msgspec
+
+from protocol.paths import Home
+from protocol.states import CliExit
+from supervisor.crashes import CrashRecord, CrashStore, UnknownCrashError
+from supervisor.screen import duration, size
+
+CRASHES_SCHEMA: Final = "lmx.crashes/1"
+_HEADINGS: Final = ("CRASH", "MODEL", "CLASS", "HOW", "PHASE", "UP", "AGE")
+#: Samples and requests a person wants to see; --json has them all.
+_SHOWN: Final = 10
+
+
+@click.command()
+@click.argument("crash", metavar="[ID]", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print the document lmx.crashes/1.")
+@click.pass_obj
+def crashes(home: Home, crash: str | None, as_json: bool) -> None:
+    """List the crashes that are kept, or show the one whose ID is given or begins so."""
+    store = CrashStore(home.crashes)
+    if crash is None:
+        records = store.records()
+        document: dict[str, Any] = {"schema": CRASHES_SCHEMA, "crashes": [_plain(record) for record in records]}
+        click.echo(json.dumps(document, indent=2) if as_json else crashes_text(records, time.time()))
+        return
+    try:
+        record = store.read(crash)
+    except UnknownCrashError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(CliExit.FAILED)
+    stacks = store.stacks(record)
+    if as_json:
+        document = {"schema": CRASHES_SCHEMA, "crash": {**_plain(record), "stderr": record.stderr_tail}}
+        document["crash"]["stacks"] = stacks or None
+        click.echo(json.dumps(document, indent=2))
+    else:
+        click.echo(crash_text(record, stacks, time.time()))
+
+
+def _plain(record: CrashRecord) -> dict[str, Any]:
+    fields: dict[str, Any] = msgspec.to_builtins(record)
+    del fields["stderr_tail"], fields["stacks"]
+    fields["has_stacks"] = bool(record.stacks)
+    return fields
+
+
+def crashes_text(records: list[CrashRecord], now: float) -> str:
+    """Return the list of crashes for a person."""
+    if not records:
+        return "no crashes"
+    rows = [_HEADINGS, *(_row(record, now) for record in records)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _row(record: CrashRecord, now: float) -> tuple[str, ...]:
+    return (
+        record.id,
+        record.model or "gateway",
+        record.kind,
+        record.signal or ("-" if record.code is None else f"exit {record.code}"),
+        record.phase or "-",
+        duration(record.uptime_s),
+        duration(max(0.0, now - record.at)),
+    )
+
+
+def crash_text(record: CrashRecord, stacks: str, now: float) -> str:
+    """Return one crash for a person."""
+    memory = ", ".join(f"{size(used)} {age:.0f} s before" for age, used in record.memory[-_SHOWN:]) or "unknown"
+    requests = ", ".join(record.requests[:_SHOWN]) or "none"
+    more = f" and {len(record.requests) - _SHOWN} more" if len(record.requests) > _SHOWN else ""
+    lines = [
+        f"crash     {record.id}, {duration(max(0.0, now - record.at))} ago",
+        f"model     {record.model or 'gateway'}{' (degraded)' if record.degraded else ''}",
+        f"process   pid {record.pid}, incarnation {record.incarnation}, up {duration(record.uptime_s)}",
+        f"class     {record.kind}: {record.words}",
+        *([f"hint      {record.hint}"] if record.hint else []),
+        f"phase     {record.phase or 'unknown'}, step {record.step}",
+        f"memory    {memory}",
+        f"requests  {requests}{more}",
+        f"versions  {', '.join(f'{name} {version}' for name, version in record.versions.items()) or 'unknown'}",
+        "",
+        "output (what is not known to be harmless is blanked):",
+        *(f"  {line}" for line in record.stderr_tail.splitlines() or ["nothing"]),
+    ]
+    if stacks:
+        lines += ["", "stacks:", *(f"  {line}" for line in stacks.splitlines())]
+    return "\n".join(lines)
