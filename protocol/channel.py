@@ -117,7 +117,7 @@ class Channel:
         except OSError as error:
             self.close(error.strerror or "receive failed")
             return
-        self._fds.extend(fds)
+        self._keep(fds)
         if not data:
             self.close("the peer closed the connection")
             return
@@ -130,6 +130,15 @@ class Channel:
             self._reading = False
             self._loop.remove_reader(self._sock)
         self._arrived.set()
+
+    def _keep(self, fds: list[int]) -> None:
+        """Hold descriptors until they are taken; more than a few at once would fill our own table."""
+        for descriptor in fds:
+            if len(self._fds) < _MAX_FDS:
+                os.set_inheritable(descriptor, False)
+                self._fds.append(descriptor)
+            else:
+                os.close(descriptor)
 
     def _on_writable(self) -> None:
         sent = self._try(lambda: self._sock.send(self._unsent))
@@ -153,6 +162,7 @@ async def dial(path: Path, *, limit: int, within_s: float) -> Channel:
 
 def _connect(path: Path) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.setblocking(False)  # a listener with a full backlog would stop the whole loop
     try:
         sock.connect(str(path))
     except OSError:

@@ -8,6 +8,10 @@ Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=100_000)]
 Bytes = Annotated[int, msgspec.Meta(ge=1)]
+#: 0 or more each, so that no delay is ever "not a number".
+_Delay = Annotated[float, msgspec.Meta(ge=0, le=86400)]
+MaybeDelays = Annotated[tuple[_Delay, ...], msgspec.Meta(max_length=100)]
+Delays = Annotated[tuple[_Delay, ...], msgspec.Meta(min_length=1, max_length=100)]
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -61,6 +65,8 @@ class WorkerConfig(_Section, frozen=True):
     module: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_.]*$")] = "worker"
     #: Threads of the CPU matrix library; 0 leaves it to the library.
     blas_threads: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
+    #: Keep a process ready that has imported everything, for the next model to load: costs about 200 MB.
+    spare: bool = False
     #: Preload OpenBLAS on Linux when it is installed.
     preload_blas: bool = True
 
@@ -80,7 +86,7 @@ class LifecycleConfig(_Section, frozen=True):
     decode_s: Seconds = 30.0
     #: Lateness of the supervisor's own tick that means the machine slept.
     slept_s: Seconds = 3.0
-    restart_delays_s: tuple[float, ...] = (0.0, 1.0, 2.0, 5.0, 15.0, 30.0, 60.0)
+    restart_delays_s: Delays = (0.0, 1.0, 2.0, 5.0, 15.0, 30.0, 60.0)
     restart_jitter: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.2
     #: Ready this long before a crash: the first restart has no delay.
     stable_s: Seconds = 60.0
@@ -95,7 +101,7 @@ class LifecycleConfig(_Section, frozen=True):
     #: From this try of a series on, a model runs degraded: one request at a time, small prefill chunks.
     degraded_from_try: Count = 3
     #: A model in quarantine is tried again after these; an empty list never does.
-    probe_delays_s: tuple[float, ...] = (600.0, 1800.0, 3600.0)
+    probe_delays_s: MaybeDelays = (600.0, 1800.0, 3600.0)
     #: Host breaker: so many failures of two models or more within so long stop nearly all starts for a while.
     breaker_failures: Count = 4
     breaker_window_s: Seconds = 10.0
@@ -119,7 +125,7 @@ class LifecycleConfig(_Section, frozen=True):
 class LogConfig(_Section, frozen=True):
     """What is written to `$LMX_HOME/logs`."""
 
-    level: str = "INFO"
+    level: Literal["TRACE", "DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
 
 
 class Config(_Section, frozen=True):

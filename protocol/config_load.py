@@ -14,6 +14,7 @@ from protocol.config import Config
 
 _MAX_FILE_BYTES: Final = 1024 * 1024
 _PREFIX: Final = "LMX_"
+_SWITCH: Final = {"true": True, "1": True, "false": False, "0": False}
 
 
 class BadConfigError(Exception):
@@ -25,14 +26,14 @@ def load_config(file: Path, *, required: bool = False, environ: Mapping[str, str
     text = _read(file, required=required)
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers of 5,000 digits and brackets 10,000 deep
         msg = f"{file}: not valid TOML: {error}"
         raise BadConfigError(msg) from None
     config = _decode(tables, lambda path: _place(file, text, path))
     overrides = _from_environment(os.environ if environ is None else environ)
     for variable, (section, key, value) in overrides.items():
         _check_known(section, key, variable)
-        tables.setdefault(section, {})[key] = _parse_value(value, getattr(getattr(config, section), key))
+        tables.setdefault(section, {})[key] = _parse_value(value, getattr(getattr(Config(), section), key), variable)
         config = _decode(tables, _named(f"environment variable {variable}"))
     return config
 
@@ -44,30 +45,32 @@ def _named(place: str) -> Callable[[str], str]:
 
 def _read(file: Path, *, required: bool) -> str:
     try:
-        if file.stat().st_size > _MAX_FILE_BYTES:
-            msg = f"{file}: larger than {_MAX_FILE_BYTES} bytes"
-            raise BadConfigError(msg)
-        return file.read_text(encoding="utf-8")
+        with file.open("rb") as stream:
+            raw = stream.read(_MAX_FILE_BYTES + 1)
     except FileNotFoundError:
         if required:
             msg = f"{file}: there is no such file"
             raise BadConfigError(msg) from None
         return ""
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        msg = f"{file}: cannot be read: {why}"
+    except OSError as error:
+        msg = f"{file}: cannot be read: {error.strerror}"
+        raise BadConfigError(msg) from None
+    if len(raw) > _MAX_FILE_BYTES:
+        msg = f"{file}: larger than {_MAX_FILE_BYTES} bytes"
+        raise BadConfigError(msg)
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        msg = f"{file}:{line}: cannot be read: not UTF-8"
         raise BadConfigError(msg) from None
 
 
 def _decode(tables: dict[str, Any], place: Callable[[str], str]) -> Config:
     try:
-        config = msgspec.convert(tables, Config)
+        return msgspec.convert(tables, Config)
     except msgspec.ValidationError as error:
         raise BadConfigError(_explain(str(error), place)) from None
-    if not config.lifecycle.restart_delays_s or min(config.lifecycle.restart_delays_s) < 0:
-        msg = f"{place('lifecycle.restart_delays_s')}: lifecycle.restart_delays_s needs numbers of 0 or more"
-        raise BadConfigError(msg)
-    return config
 
 
 def _explain(problem: str, place: Callable[[str], str]) -> str:
@@ -102,7 +105,7 @@ def _place(file: Path, text: str, path: str) -> str:
     current = ""
     section_line = 0
     for number, line in enumerate(text.splitlines(), 1):
-        header = re.match(r"\s*\[\s*([^\]\s]+)\s*\]", line)
+        header = re.match(r"\s*\[{1,2}\s*[\"']?([^\]\s\"']+)[\"']?\s*\]", line)
         if header:
             current = header[1]
             if current == section:
@@ -110,9 +113,11 @@ def _place(file: Path, text: str, path: str) -> str:
                 if not key:
                     return f"{file}:{number}"
             continue
-        name = re.match(r"\s*\"?([A-Za-z0-9_.-]+)\"?\s*=", line)
-        if name and (_join(current, name[1]) == path or (not key and not current and name[1] == section)):
+        name = re.match(r"\s*[\"']?([A-Za-z0-9_.-]+)[\"']?\s*=", line)
+        if name and _join(current, name[1]) == path:
             return f"{file}:{number}"
+        if name and _join(current, name[1]) == section:  # section = {key = …}
+            section_line = number
     return f"{file}:{section_line}" if section_line else str(file)
 
 
@@ -135,13 +140,29 @@ def _check_known(section: str, key: str, variable: str) -> None:
             raise BadConfigError(msg)
 
 
-def _parse_value(text: str, default: object) -> object:
-    """Read a variable as the type of the key: words as they are, everything else as TOML would."""
+def _parse_value(text: str, default: object, variable: str) -> object:
+    """Read a variable as the type of the key: words as they are, everything else as TOML would.
+
+    A list may also be written as words with commas between them, and true and false in any case or as 1 and 0.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        msg = f"environment variable {variable}: not UTF-8"
+        raise BadConfigError(msg) from None
     if isinstance(default, str):
         return text
+    if isinstance(default, bool):
+        return _SWITCH.get(text.strip().lower(), text)
+    value = _parse_toml(text)
+    if isinstance(default, tuple) and not isinstance(value, list):
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        return parts if isinstance(default[0], str) else [_parse_toml(part) for part in parts]
+    return value
+
+
+def _parse_toml(text: str) -> object:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        if isinstance(default, tuple):
-            return [part.strip() for part in text.split(",") if part.strip()]
+    except (ValueError, RecursionError):
         return text  # the decoder then says which type was expected

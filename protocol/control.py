@@ -47,6 +47,15 @@ class CliHello(Message, frozen=True, tag=3):
     version: str
 
 
+class SpareHello(Message, frozen=True, tag=4):
+    """First frame of a spare, once it has imported everything: it waits for `Assign`."""
+
+    protocol: int
+    incarnation: int
+    pid: int
+    version: str
+
+
 # -- worker to supervisor ---------------------------------------------------------------------------------------
 
 
@@ -152,6 +161,12 @@ class Ping(Message, frozen=True, tag=20):
     """Renews the lease of its receiver."""
 
 
+class Assign(Message, frozen=True, tag=21):
+    """To a spare: become this worker. `spec` is a `protocol.spec.WorkerSpec` as JSON."""
+
+    spec: bytes
+
+
 # -- gateway to supervisor --------------------------------------------------------------------------------------
 
 
@@ -238,7 +253,7 @@ class Result(Message, frozen=True, tag=50):
     new_pid: int = 0
 
 
-Hello = WorkerHello | GatewayHello | CliHello
+Hello = WorkerHello | GatewayHello | CliHello | SpareHello
 FromWorker = Loading | Ready | Heartbeat | Dying | Drained
 FromGateway = GatewayReady | GatewayHeartbeat | Drained
 FromCli = (
@@ -256,7 +271,8 @@ ToSupervisor = Hello | FromWorker | FromGateway | FromCli
 ToWorker = Welcome | Drain | Stop | Ping
 ToGateway = Welcome | Drain | Stop | Ping | Catalog
 ToCli = StatusReply | Progress | Result
-FromSupervisor = ToWorker | ToGateway | ToCli
+ToSpare = Welcome | Stop | Ping | Assign
+FromSupervisor = ToWorker | ToGateway | ToCli | ToSpare
 
 
 def to_supervisor_decoder() -> Decoder[ToSupervisor]:

@@ -1,12 +1,16 @@
 """Logging with loguru: flat JSON lines to one file per process, a readable line on a terminal.
 
 An event is a stable name and scalar fields: `event("worker_ready", model=…)`. Exceptions are written as their type
-and the places they passed, without message or locals, because either may hold a prompt or a key.
+and the places they passed, without message or locals, because either may hold a prompt or a key. Every line has `ts`,
+`level`, `process`, `pid` and `event`, and these are always the writer's: a field of that name becomes `about_…`.
 """
 
-import inspect
+import json
 import logging
 import sys
+import traceback
+from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
@@ -21,16 +25,22 @@ if TYPE_CHECKING:
 ROTATION: Final = "50 MB"
 RETENTION: Final = 4
 _MAX_FRAMES: Final = 30
+_MAX_TEXT: Final = 4096
+#: Keys of `extra` with an underscore are ours: they carry finished text to loguru's format, which nothing in a value
+#: can then reach.
+_PROCESS: Final = "_process"
+_JSON: Final = "_json"
+_TEXT: Final = "_text"
 
 Field = str | int | float | bool | None
 
 
-def event(name: str, *, level: str = "INFO", **fields: Field) -> None:
+def event(name: str, /, *, level: str = "INFO", **fields: Field) -> None:
     """Log one event. `name` is a constant; what varies goes into `fields`."""
     logger.bind(**fields).log(level, name)
 
 
-def exception_event(name: str, error: BaseException, **fields: Field) -> None:
+def exception_event(name: str, error: BaseException, /, **fields: Field) -> None:
     """Log an exception that a boundary caught."""
     logger.bind(**fields).opt(exception=error).error(name)
 
@@ -38,7 +48,7 @@ def exception_event(name: str, error: BaseException, **fields: Field) -> None:
 def setup_logging(process: str, *, file: Path | None, terminal: bool, level: str = "INFO") -> None:
     """Send every event, also those of libraries that use `logging`, to `file` and, if asked, to stderr."""
     logger.remove()
-    logger.configure(extra={"process_name": process})
+    logger.configure(extra={_PROCESS: process}, patcher=_without_exception)
     if file is not None:
         logger.add(
             file,
@@ -55,40 +65,69 @@ def setup_logging(process: str, *, file: Path | None, terminal: bool, level: str
     logging.basicConfig(handlers=[_Intercept()], level=logging.WARNING, force=True)
 
 
+def json_line(fields: Mapping[str, object]) -> bytes:
+    """Return fields as one line of JSON. Never fails: long text is cut, names of files that are not UTF-8 escaped."""
+    return msgspec.json.encode({_plain(key): _plain(value) for key, value in fields.items()}, enc_hook=_describe)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, list):
+        return [_plain(item) for item in value[:_MAX_FRAMES]]
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        return "a huge number"
+    if not isinstance(value, str):
+        return value
+    text = value if len(value) <= _MAX_TEXT else f"{value[:_MAX_TEXT]}… ({len(value):,} characters)"
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _describe(value: object) -> str:
+    return f"<{type(value).__name__}>"
+
+
 def _json_line(record: "Record") -> str:
-    extra = dict(record["extra"])
-    extra.pop("line", None)
-    line: dict[str, Field | list[str]] = {
+    extra = record["extra"]
+    line: dict[str, object] = {
         "ts": record["time"].isoformat(timespec="milliseconds"),
         "level": record["level"].name,
-        "process": extra.pop("process_name", ""),
+        "process": extra.get(_PROCESS, ""),
         "pid": record["process"].id,
         "event": record["message"],
-        **extra,
     }
-    line.update(_exception_fields(record))
-    record["extra"]["line"] = msgspec.json.encode(line, enc_hook=str).decode()
-    return "{extra[line]}\n"
+    line |= {f"about_{key}" if key in line else key: value for key, value in _fields(extra).items()}
+    extra[_JSON] = json_line(line).decode()
+    return f"{{extra[{_JSON}]}}\n"
 
 
 def _terminal_line(record: "Record") -> str:
-    extra = {k: v for k, v in record["extra"].items() if k not in {"process_name", "line", "text"}}
-    extra.update(_exception_fields(record))
-    fields = " ".join(f"{key}={value}" for key, value in extra.items())
-    record["extra"]["text"] = f"{record['message']} {fields}".rstrip()
-    return "<dim>{time:HH:mm:ss.SSS}</dim> <level>{level: <7}</level> {extra[process_name]: <10} {extra[text]}\n"
+    extra = record["extra"]
+    fields = " ".join(f"{key}={_shown(value)}" for key, value in _fields(extra).items())
+    extra[_TEXT] = f"{extra.get(_PROCESS, ''): <10} {record['message']} {fields}".rstrip()
+    return f"<dim>{{time:HH:mm:ss.SSS}}</dim> <level>{{level: <7}}</level> {{extra[{_TEXT}]}}\n"
 
 
-def _exception_fields(record: "Record") -> dict[str, Field | list[str]]:
+def _fields(extra: Mapping[str, object]) -> dict[str, object]:
+    return {key: value for key, value in extra.items() if not key.startswith("_")}
+
+
+def _shown(value: object) -> str:
+    """Return a value for a terminal: on one line, and without what would move the cursor or change colours."""
+    text = str(_plain(value)) if isinstance(value, Field | list) else _describe(value)
+    return text if text.isprintable() else json.dumps(text)
+
+
+def _without_exception(record: "Record") -> None:
+    """Reduce an exception to type and places before any sink sees it: a sink that fails prints its record whole."""
     caught = record["exception"]
-    if caught is None or caught.type is None:
-        return {}
-    return {"exc_type": caught.type.__qualname__, "exc_at": _places(caught.traceback)}
+    if caught is not None:
+        record["exception"] = None
+        if caught.type is not None:
+            record["extra"].update(exc_type=caught.type.__qualname__, exc_at=_places(caught.traceback))
 
 
-def _places(traceback: TracebackType | None) -> list[str]:
-    frames = [] if traceback is None else inspect.getinnerframes(traceback, context=0)
-    return [f"{Path(frame.filename).name}:{frame.lineno}:{frame.function}" for frame in frames[-_MAX_FRAMES:]]
+def _places(trace: TracebackType | None) -> list[str]:
+    frames = deque(traceback.walk_tb(trace), maxlen=_MAX_FRAMES)
+    return [f"{Path(frame.f_code.co_filename).name}:{line}:{frame.f_code.co_name}" for frame, line in frames]
 
 
 class _Intercept(logging.Handler):
@@ -102,3 +141,7 @@ class _Intercept(logging.Handler):
         logger.bind(logger=record.name, at=f"{record.module}:{record.lineno}").opt(exception=caught).log(
             level, "library_log"
         )
+
+
+# Before `setup_logging` loguru prints to stderr, with locals.
+logger.configure(patcher=_without_exception)

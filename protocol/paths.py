@@ -10,7 +10,9 @@ from typing import Final
 #: `sun_path` holds 104 bytes on macOS, one of them the final NUL.
 MAX_SOCKET_PATH_BYTES: Final = 103
 _PRIVATE: Final = 0o700
-_SLUG_LENGTH: Final = 20
+_SLUG_LENGTH: Final = 16
+#: Hex digits of the id's hash. With 4, one pair of models in 65,536 would share a name, its files and its slot.
+_HASH_LENGTH: Final = 8
 
 
 class UnsafeHomeError(Exception):
@@ -25,7 +27,8 @@ def default_home() -> Path:
 def slot_name(model_id: str) -> str:
     """Return a short, unique, file-safe name for a model id (ids may hold slashes and be long)."""
     slug = re.sub(r"[^a-z0-9.]+", "-", model_id.lower()).strip("-.")[:_SLUG_LENGTH] or "model"
-    return f"{slug}-{hashlib.sha256(model_id.encode()).hexdigest()[:4]}"
+    digest = hashlib.sha256(model_id.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{slug}-{digest[:_HASH_LENGTH]}"
 
 
 class Home:
@@ -52,7 +55,7 @@ class Home:
 
     def ensure(self) -> None:
         """Create what is missing, private to this user; raise `UnsafeHomeError` for what cannot be trusted."""
-        longest = self.endpoint("x" * (_SLUG_LENGTH + 5), 10**8)
+        longest = self.endpoint("x" * (_SLUG_LENGTH + 1 + _HASH_LENGTH), 10**8)
         if len(os.fsencode(longest)) > MAX_SOCKET_PATH_BYTES:
             msg = f"{self.root} is too long for unix sockets ({MAX_SOCKET_PATH_BYTES} bytes): choose a shorter LMX_HOME"
             raise UnsafeHomeError(msg)
@@ -63,8 +66,20 @@ class Home:
         except OSError as error:
             msg = f"cannot create {error.filename}: {error.strerror}"
             raise UnsafeHomeError(msg) from None
+        _check_root(self.root)
         for folder in (self.run, self.state, self.logs, self.crashes):
             _check_private(folder)
+
+
+def _check_root(root: Path) -> None:
+    """Refuse a home where somebody else could put a folder of theirs in the place of ours. It may be a link."""
+    status = root.stat()
+    if status.st_uid != os.geteuid():
+        msg = f"{root} belongs to uid {status.st_uid}, not to uid {os.geteuid()}: choose another LMX_HOME"
+        raise UnsafeHomeError(msg)
+    if status.st_mode & stat.S_IWOTH:
+        msg = f"{root} can be written by everybody: choose another LMX_HOME, or run chmod o-w on it"
+        raise UnsafeHomeError(msg)
 
 
 def _check_private(folder: Path) -> None:

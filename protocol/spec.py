@@ -27,6 +27,18 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     lifecycle: LifecycleConfig
     #: The matrix library the supervisor asked the loader to preload, "" if none.
     preloaded: str = ""
+    #: Where stdout and stderr belong; a spare, which was started before it had a name, moves there.
+    output_file: str = ""
+
+
+class SpareSpec(msgspec.Struct, frozen=True):
+    """A worker without a model yet: `python -m worker --spare SPEC`."""
+
+    incarnation: int
+    control_socket: str
+    log_file: str
+    log_level: str
+    lifecycle: LifecycleConfig
 
 
 class GatewaySpec(msgspec.Struct, frozen=True):

@@ -40,6 +40,8 @@ async def adopt(host: Host, changes: Changes, expected: Sequence[ChildRecord], *
 
     def missing() -> list[ChildRecord]:
         adopted = {managed.slot.pid for managed in host.slots.values()}
+        if host.spare is not None and host.spare.child is not None:
+            adopted.add(host.spare.child.pid)
         return [child for child in expected if child.pid not in adopted]
 
     with contextlib.suppress(TimeoutError):

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -42,6 +42,10 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
+    def belongs_to(self, gone: Callable[[int | None], None]) -> None:
+        """Have somebody else told of the end."""
+        self._gone = gone
+
     def forget(self) -> None:
         """Stop watching, leaving the process to itself."""
         self._watch.close()
@@ -65,14 +69,14 @@ def _reap(pid: int) -> int | None:
 def spawn(
     platform: Platform,
     module: str,
-    spec: Path,
+    arguments: Sequence[str],
     *,
     output: Path,
     environ: Mapping[str, str],
     gone: Callable[[int | None], None],
     pass_fds: tuple[int, ...] = (),
 ) -> Child:
-    """Start `python -m module spec`; raise `OSError` if the system refuses.
+    """Start `python -m module arguments…`; raise `OSError` if the system refuses.
 
     stdout and stderr are appended to `output`, which is turned over at 10 MB: a pipe would die with its reader.
     """
@@ -83,7 +87,7 @@ def spawn(
     try:
         # -P: the folder we happen to stand in must not shadow our packages.
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", module, str(spec)],
+            [sys.executable, "-P", "-m", module, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=descriptor,
             stderr=descriptor,

@@ -34,9 +34,9 @@ class Client:
         try:
             self._sock.connect(os.fspath(home.control_socket))
             self._send(control.CliHello(PROTOCOL_VERSION, __version__))
-        except OSError as error:
+        except (OSError, UnreachableError) as error:
             self._sock.close()
-            msg = f"no supervisor answers on {home.control_socket} ({error.strerror})"
+            msg = f"no supervisor answers on {home.control_socket} ({_why(error)})"
             raise UnreachableError(msg) from None
 
     def close(self) -> None:
@@ -70,7 +70,7 @@ class Client:
         try:
             self._sock.sendall(frame(encode(message)))
         except OSError as error:
-            msg = f"the supervisor hung up ({error.strerror})"
+            msg = f"the supervisor hung up ({_why(error)})"
             raise UnreachableError(msg) from None
 
     def _receive(self, end: float) -> list[control.FromSupervisor]:
@@ -91,3 +91,8 @@ class Client:
         except (OSError, MalformedMessageError, FrameTooLargeError) as error:
             msg = f"the supervisor's answer cannot be read ({type(error).__name__}): is it another version?"
             raise UnreachableError(msg) from None
+
+
+def _why(error: Exception) -> str:
+    """Return the system's words; a timeout and a path that is too long have none of their own."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -268,7 +268,7 @@ _CODE_ROOTS: Final = re.compile(
     r"|(<frozen [a-z_.]{1,40}>|<string>)"
 )
 _LIBCXX: Final = re.compile(
-    r"libc\+\+abi: terminating(?: (?:due to|with) uncaught exception of type [A-Za-z_:0-9]{1,80})?"
+    r"libc\+\+abi: terminating(?: (?:due to|with) uncaught exception of type [A-Za-z_0-9]{1,40}(?:::[A-Za-z_0-9]{1,40}){0,5})?"
 )
 _ASSERTION: Final = re.compile(r"\((?:[a-z_]{1,20}/){0,8}([a-z_]{1,40}\.[ch]pp:\d{1,6})\)$")
 

@@ -24,6 +24,7 @@ from supervisor.commands import Commands, add_model
 from supervisor.host import GATEWAY, Host
 from supervisor.intent import Intent
 from supervisor.journal import Journal
+from supervisor.launch import SPARE
 from supervisor.listener import PortTakenError, listen, serves, url_of
 from supervisor.peers import Peers
 from supervisor.platform import current_platform
@@ -195,6 +196,8 @@ class Daemon:
                 await self._peers.worker(hello, connection)
             case control.GatewayHello():
                 await self._peers.gateway(hello, connection)
+            case control.SpareHello():
+                await self._peers.spare(hello, connection)
             case control.CliHello():
                 await self._commands.serve(connection)
 
@@ -203,6 +206,8 @@ class Daemon:
             await asyncio.sleep(self._config.lifecycle.heartbeat_s)
             for managed in self._host.slots.values():
                 managed.tell(control.Ping())
+            if self._host.spare is not None:
+                self._host.spare.ping()
 
     async def _sample(self) -> None:
         while True:
@@ -260,7 +265,7 @@ class Daemon:
         return control.Catalog(self._catalog_version, self._catalog_models)
 
     def _status(self) -> dict[str, Any]:
-        return views.status_document(
+        document = views.status_document(
             self._host.slots.values(),
             url=url_of(self._listener) if self._listener is not None else "",
             started_at=self._started_at,
@@ -271,6 +276,11 @@ class Daemon:
             breaker_open_s=max(0.0, self._host.breaker.open_until - time.monotonic()),
             now=time.monotonic(),
         )
+        spare = self._host.spare
+        if spare is not None:
+            pid = spare.child.pid if spare.child is not None else None
+            document["spare"] = {"pid": pid, "state": "ready" if spare.ready else "starting" if pid else "stopped"}
+        return document
 
     # -- state ----------------------------------------------------------------------------------------------------
 
@@ -294,11 +304,15 @@ class Daemon:
         asyncio.get_running_loop().call_later(_LAST_WORDS_S, self._stopping.set)
 
     def _children(self) -> tuple[ChildRecord, ...]:
-        return tuple(
+        children = [
             ChildRecord(m.name, m.model, m.slot.incarnation, m.child.pid, m.child.started)
             for m in self._host.slots.values()
             if m.child is not None
-        )
+        ]
+        spare = self._host.spare
+        if spare is not None and spare.child is not None:
+            children.append(ChildRecord(SPARE, "", spare.incarnation, spare.child.pid, spare.child.started))
+        return tuple(children)
 
     def _save(self, *, clean: bool = False) -> None:
         if not self._host.holding or clean:
@@ -346,6 +360,10 @@ class Daemon:
         hurry.cancel()
         for managed in host.models():
             host.feed(managed, ev.Unwant(force=True))
+        spare = host.spare
+        if spare is not None:
+            spare.stop()
+            await self._changes.wait_for(lambda: spare.child is None)
         await self._changes.wait_for(lambda: all(m.slot.state is ModelState.STOPPED for m in host.models()))
         self._save(clean=True)
         with contextlib.suppress(OSError):

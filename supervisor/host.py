@@ -25,10 +25,11 @@ from supervisor.breaker import Breaker, after_failure, after_start, start_allowe
 from supervisor.children import Child
 from supervisor.exits import ExitRecord, classify
 from supervisor.journal import Journal
-from supervisor.launch import Launcher
+from supervisor.launch import SPARE, Launcher
 from supervisor.platform.base import Platform
 from supervisor.restarts import RestartPolicy
 from supervisor.slot import Settings, Slot
+from supervisor.spare import Spare
 
 GATEWAY: Final = "gateway"
 _MAX_SLEEP_S: Final = 1.0
@@ -87,6 +88,7 @@ class Host:
         self._random = random.Random()  # noqa: S311 - spreads delays
         self.launcher = Launcher(home, config, platform)
         self.breaker = Breaker()
+        self.spare = Spare(self.launcher, platform, journal, changed) if config.worker.spare else None
         #: Called before a model's process is started, so that a panic while it loads finds its name on disk.
         self.before_load: Callable[[str], None] = lambda _model: None
 
@@ -216,7 +218,23 @@ class Host:
         if not managed.model:
             return self.launcher.gateway(managed.name, incarnation, self.listen_fd, gone)
         managed.endpoint = str(self.home.endpoint(managed.name, incarnation))
+        spared = self._take_spare(managed, incarnation, degraded=degraded)
+        if spared is not None:
+            spared.belongs_to(gone)
+            return spared
         return self.launcher.worker(managed.name, incarnation, managed.model, managed.path, gone, degraded=degraded)
+
+    def _take_spare(self, managed: Managed, incarnation: int, *, degraded: bool) -> Child | None:
+        """Make the spare, if one is ready, the worker of this slot."""
+        spare = self.spare
+        if spare is None or not spare.ready:
+            return None
+        spec = self.launcher.worker_spec(managed.name, incarnation, managed.model, managed.path, degraded=degraded)
+        child = spare.take(spec)
+        if child is not None:
+            self.home.spec(SPARE, spare.incarnation).unlink(missing_ok=True)
+            self.journal.write("spare_used", model=managed.model, pid=child.pid)
+        return child
 
     def _ended(self, managed: Managed, returncode: int | None) -> None:
         slot = managed.slot
@@ -285,6 +303,9 @@ class Host:
         chosen = life.may_start([managed.slot for managed in models], now)
         if chosen is not None and start_allowed_at(self.breaker, now, self.config.lifecycle) <= now:
             self.start(models[chosen])
+        busy = any(managed.slot.coming_up or managed.slot.waiting for managed in models)
+        if self.spare is not None and not busy and self.spare.start(self.incarnation + 1, now):
+            self.incarnation += 1
 
     def replace_gateway(self) -> None:
         """Start another gateway on the same listening socket, and let the present one finish what it has."""

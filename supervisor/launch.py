@@ -8,12 +8,13 @@ import msgspec
 
 from protocol.config import Config, ModelsConfig
 from protocol.paths import Home
-from protocol.spec import GatewaySpec, WorkerSpec, write_spec
+from protocol.spec import GatewaySpec, SpareSpec, WorkerSpec, write_spec
 from supervisor.children import Child, spawn
 from supervisor.environment import worker_environment
 from supervisor.platform.base import Platform
 from supervisor.platform.blas import Preload
 
+SPARE: Final = "spare"
 _DEGRADED_PREFILL_TOKENS: Final = 128
 
 Gone = Callable[[int | None], None]
@@ -44,13 +45,43 @@ class Launcher:
         write_spec(file, spec)
         output = home.logs / f"{name}.out"
         return spawn(
-            self._platform, "gateway", file, output=output, environ=self._environ(), gone=gone, pass_fds=(listen_fd,)
+            self._platform,
+            "gateway",
+            [str(file)],
+            output=output,
+            environ=self._environ(),
+            gone=gone,
+            pass_fds=(listen_fd,),
         )
 
     def worker(self, name: str, incarnation: int, model: str, path: str, gone: Gone, *, degraded: bool) -> Child:
         """Start the worker of a model; raise `OSError` if the system refuses."""
+        self.worker_spec(name, incarnation, model, path, degraded=degraded)
+        file = self._home.spec(name, incarnation)
+        output = self._home.logs / f"{name}.out"
+        module = self._config.worker.module
+        return spawn(self._platform, module, [str(file)], output=output, environ=self._worker_environ(), gone=gone)
+
+    def spare(self, incarnation: int, gone: Gone) -> Child:
+        """Start a worker that has no model yet; raise `OSError` if the system refuses."""
         home, config = self._home, self._config
-        file = home.spec(name, incarnation)
+        file = home.spec(SPARE, incarnation)
+        spec = SpareSpec(
+            incarnation=incarnation,
+            control_socket=str(home.control_socket),
+            log_file=str(home.logs / f"{SPARE}.log"),
+            log_level=config.log.level,
+            lifecycle=config.lifecycle,
+        )
+        write_spec(file, spec)
+        output = home.logs / f"{SPARE}.out"
+        arguments = ["--spare", str(file)]
+        module = config.worker.module
+        return spawn(self._platform, module, arguments, output=output, environ=self._worker_environ(), gone=gone)
+
+    def worker_spec(self, name: str, incarnation: int, model: str, path: str, *, degraded: bool) -> bytes:
+        """Write the spec file of a worker and return its content; raise `OSError` if it cannot be written."""
+        home, config = self._home, self._config
         spec = WorkerSpec(
             slot=name,
             model=model,
@@ -63,11 +94,13 @@ class Launcher:
             models=less(config.models) if degraded else config.models,
             lifecycle=config.lifecycle,
             preloaded=self.preload.library if self.preload is not None else "",
+            output_file=str(home.logs / f"{name}.out"),
         )
-        write_spec(file, spec)
-        environ = worker_environment(self._environ(), self.preload, config.worker.blas_threads)
-        output = home.logs / f"{name}.out"
-        return spawn(self._platform, config.worker.module, file, output=output, environ=environ, gone=gone)
+        write_spec(home.spec(name, incarnation), spec)
+        return msgspec.json.encode(spec)
+
+    def _worker_environ(self) -> dict[str, str]:
+        return worker_environment(self._environ(), self.preload, self._config.worker.blas_threads)
 
     def _environ(self) -> dict[str, str]:
         return {**os.environ, "LMX_HOME": str(self._home.root)}

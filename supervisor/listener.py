@@ -1,5 +1,6 @@
 """The TCP listening socket. The supervisor owns it, so a dead gateway means waiting connections, not refused ones."""
 
+import errno
 import socket
 
 import psutil
@@ -17,17 +18,21 @@ def listen(config: GatewayConfig) -> socket.socket:
         family, kind, proto, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-    except OSError as error:
-        msg = f"gateway.host {config.host!r} is not an address of this machine: {error.strerror}"
+    except (OSError, UnicodeError) as error:  # UnicodeError: "a..b" cannot be a name at all
+        why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        msg = f"gateway.host {config.host!r} is not an address of this machine: {why}"
         raise PortTakenError(msg) from None
-    sock = socket.socket(family, kind, proto)
+    sock: socket.socket | None = None
     try:
+        sock = socket.socket(family, kind, proto)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
         sock.listen(config.backlog)
     except OSError as error:
-        sock.close()
-        msg = f"cannot listen on {config.host}:{config.port}: {error.strerror}{_holder(config.port)}"
+        if sock is not None:
+            sock.close()
+        holder = _holder(config.port) if error.errno == errno.EADDRINUSE else ""
+        msg = f"cannot listen on {config.host}:{config.port}: {error.strerror}{holder}"
         raise PortTakenError(msg) from None
     return sock
 
@@ -37,7 +42,7 @@ def serves(sock: socket.socket, config: GatewayConfig) -> bool:
     host, port = sock.getsockname()[:2]
     try:
         wanted = {info[4][0] for info in socket.getaddrinfo(config.host, None, type=socket.SOCK_STREAM)}
-    except OSError:
+    except (OSError, UnicodeError):
         return False
     return host in wanted and config.port in {0, port}
 

@@ -1,5 +1,6 @@
 """One supervisor per home: an advisory lock that the kernel drops when its holder dies, however it dies."""
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -21,8 +22,9 @@ class HomeLock:
             os.close(self._descriptor)
             msg = f"a supervisor (pid {holder}) already runs on {file.parent.parent}"
             raise AlreadyRunningError(msg) from None
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
+        with contextlib.suppress(OSError):  # the pid is for people; a full disk must not keep us from serving
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
 
     def release(self) -> None:
         """Let the next supervisor in."""

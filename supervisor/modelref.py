@@ -14,8 +14,8 @@ from protocol.paths import Home
 from supervisor.environment import worker_environment
 from supervisor.platform import current_platform
 
-_REPOSITORY: Final = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$")
-_ID: Final = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+_REPOSITORY: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class UnknownModelError(Exception):
@@ -32,17 +32,30 @@ class ModelRef(msgspec.Struct, frozen=True):
 
 def resolve(text: str, home: Home) -> ModelRef:
     """Return what `text` means: an id first, then a folder, then a repository."""
-    folder = Path(text).expanduser()
-    if _ID.match(text) and (text in BUILTIN_MODELS or (home.models / text).is_dir()):
+    if not text or not _is_unicode(text):
+        msg = f"{text!r} is not the name of a model"
+        raise UnknownModelError(msg)
+    # os.path: pathlib raises for names that are too long, folders that are closed to us, "~nobody", loops of links.
+    folder = Path(os.path.expanduser(text))  # noqa: PTH111
+    if _ID.fullmatch(text) and (text in BUILTIN_MODELS or os.path.isdir(home.models / text)):  # noqa: PTH112
         return ModelRef(text, home.models / text, text if text in BUILTIN_MODELS else None)
-    if text.startswith((".", "/", "~")) or folder.is_dir():
+    if text.startswith((".", "/", "~")) or os.path.isdir(folder):  # noqa: PTH112
         absolute = folder.absolute()
-        return ModelRef(absolute.resolve().name, absolute)
-    if _REPOSITORY.match(text):
+        return ModelRef(Path(os.path.realpath(absolute)).name, absolute)
+    if _REPOSITORY.fullmatch(text):
         return ModelRef(text, home.models / text.replace("/", "--", 1), text)
     known = ", ".join(sorted(BUILTIN_MODELS))
     msg = f"no model {text!r}: give an id ({known}), a folder, or a Hugging Face repository like mlx-community/NAME"
     raise UnknownModelError(msg)
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether the text can be sent: an argument that is not UTF-8 arrives with surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def fetch(ref: ModelRef, home: Home) -> bool:

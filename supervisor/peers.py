@@ -59,6 +59,11 @@ class Peers:
                 return managed
         return self._host.slots[GATEWAY]
 
+    async def spare(self, hello: control.SpareHello, connection: Connection) -> None:
+        """Serve the spare until its connection ends."""
+        if self._host.spare is None or not await self._host.spare.serve(hello, connection):
+            self._dismiss(hello.pid, connection, "spare")
+
     async def close(self) -> None:
         """Wait for the strangers that are being ended."""
         await asyncio.gather(*self._strangers, return_exceptions=True)

@@ -25,7 +25,7 @@ def size(count: int | None) -> str:
 
 def duration(seconds: float) -> str:
     """Return a duration in words, at most two units."""
-    whole = int(seconds)
+    whole = max(0, int(seconds))  # a clock that was set back
     if whole < _MINUTE:
         return f"{whole} s"
     if whole < _HOUR:
@@ -83,7 +83,7 @@ def _state(model: dict[str, Any]) -> str:
     state: str = model["state"]
     progress = model["progress"]
     if state == "loading" and progress["total_bytes"]:
-        return f"loading {100 * progress['done_bytes'] // progress['total_bytes']} %"
+        return f"loading {min(100, 100 * progress['done_bytes'] // progress['total_bytes'])} %"
     if state == "backoff" and model["retry_in_s"] is not None:
         return f"backoff {model['retry_in_s']:.0f} s"
     if model.get("degraded"):
@@ -106,6 +106,11 @@ def _restarts(gateway: dict[str, Any]) -> str:
 def _note(model: dict[str, Any]) -> str:
     if model["state"] != "quarantined":
         return ""
-    reason = (model["reason"] or "")[:_MAX_REASON]
+    reason = _one_line(model["reason"] or "")[:_MAX_REASON]
     probe = f"; tried again by itself in {duration(model['probe_in_s'])}" if model.get("probe_in_s") else ""
     return f"{model['id']} was set aside: {reason}{probe}\n  try again with: lmx-supervisor reset {model['id']}"
+
+
+def _one_line(text: str) -> str:
+    """Return text that a process gave us without what would move the cursor or colour the terminal."""
+    return "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))

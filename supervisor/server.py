@@ -17,6 +17,7 @@ from supervisor.platform.base import Platform
 _HELLO_S: Final = 5.0
 _MAX_CONNECTIONS: Final = 256
 _BACKLOG: Final = 128
+_ACCEPT_RETRY_S: Final = 1.0
 
 
 class Connection:
@@ -45,6 +46,7 @@ class ControlServer:
         self._decoder = control.to_supervisor_decoder()
         self._sock: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._retry: asyncio.TimerHandle | None = None
 
     def open(self) -> None:
         """Start to accept. The caller holds the lock of the home, so a socket file in the way is a leftover."""
@@ -62,6 +64,8 @@ class ControlServer:
 
     async def close(self) -> None:
         """Stop accepting and end every conversation."""
+        if self._retry is not None:
+            self._retry.cancel()
         if self._sock is not None:
             asyncio.get_running_loop().remove_reader(self._sock)
             self._sock.close()
@@ -76,10 +80,21 @@ class ControlServer:
         assert self._sock is not None
         try:
             sock, _ = self._sock.accept()
-        except OSError as error:
-            event("control_accept_failed", level="ERROR", reason=error.strerror)
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return
-        uid, pid = self._platform.peer(sock)
+        except OSError as error:
+            # Out of descriptors the socket stays readable: without a pause this would fill the log and a core.
+            event("control_accept_failed", level="ERROR", reason=error.strerror)
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._sock)
+            self._retry = loop.call_later(_ACCEPT_RETRY_S, loop.add_reader, self._sock, self._accept)
+            return
+        try:
+            uid, pid = self._platform.peer(sock)
+        except OSError as error:  # gone again, or not to be told from others
+            event("control_refused", level="WARNING", reason=error.strerror or str(error))
+            sock.close()
+            return
         if uid != os.geteuid() or len(self._tasks) >= _MAX_CONNECTIONS:
             event("control_refused", level="WARNING", uid=uid, connections=len(self._tasks))
             sock.close()
@@ -88,11 +103,12 @@ class ControlServer:
         task = asyncio.get_running_loop().create_task(self._serve(connection))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _task: connection.channel.close())  # also if it was cancelled before it began
 
     async def _serve(self, connection: Connection) -> None:
         try:
             hello = await asyncio.wait_for(connection.receive(), _HELLO_S)
-            if isinstance(hello, control.WorkerHello | control.GatewayHello | control.CliHello):
+            if isinstance(hello, control.Hello):
                 await self._handler(hello, connection)
         except (ChannelClosedError, TimeoutError):
             pass
@@ -100,5 +116,3 @@ class ControlServer:
             event("control_protocol_error", level="WARNING", pid=connection.pid)
         except Exception as error:  # noqa: BLE001 - one peer's trouble must not end the supervisor
             exception_event("internal_error", error, where="control")
-        finally:
-            connection.channel.close()

@@ -5,6 +5,7 @@ live file to `.prev` and the temporary one to the live name, and syncs the direc
 check out is kept aside as `.bad`, never an exception; a file of a newer schema is left alone and not overwritten.
 """
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable
@@ -14,6 +15,9 @@ from typing import Any, Final
 import msgspec
 
 _MAX_BYTES: Final = 16 * 1024 * 1024
+_HEADER_ROOM: Final = 1024
+#: What msgspec raises for bytes that are not the JSON it should find; bytes that are not UTF-8 are not its own error.
+_UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 class _Header(msgspec.Struct):
@@ -85,9 +89,17 @@ class StateFile:
             msg = f"{self._file} was written by a newer version and is left as it is"
             raise OSError(msg)
         body = msgspec.json.encode(payload)
+        if len(body) > _MAX_BYTES - _HEADER_ROOM:
+            msg = f"{self._file.name} would be {len(body):,} bytes long, which could not be read again"
+            raise OSError(msg)
         header = _Header(self._kind, self._schema, self._sequence + 1, len(body), hashlib.sha256(body).hexdigest())
         temporary = self._file.with_name(self._file.name + ".tmp")
-        self._write(temporary, msgspec.json.encode(header) + b"\n" + body)
+        try:
+            self._write(temporary, msgspec.json.encode(header) + b"\n" + body)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()  # half a file on a full disk helps nobody
+            raise
         if self._file.exists():
             self._file.replace(self._previous)
         temporary.replace(self._file)
@@ -117,7 +129,7 @@ class StateFile:
         line, _, body = data.partition(b"\n")
         try:
             header = msgspec.json.decode(line, type=_Header)
-        except (msgspec.MsgspecError, RecursionError):
+        except _UNREADABLE:
             reason = "the header cannot be read"
             raise _UnusableError(reason) from None
         if header.kind != self._kind:
@@ -131,7 +143,7 @@ class StateFile:
             raise _NewerSchemaError(reason)
         try:
             payload = msgspec.json.decode(body)
-        except (msgspec.MsgspecError, RecursionError):
+        except _UNREADABLE:
             reason = "the contents are not JSON"
             raise _UnusableError(reason) from None
         self._sequence = max(self._sequence, header.sequence)

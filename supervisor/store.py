@@ -72,8 +72,17 @@ class Store:
         sync = platform.full_sync
         self._desired = StateFile(home.state / "desired", kind="lmx.desired", schema=_SCHEMA, sync=sync)
         self._runtime = StateFile(home.state / "runtime", kind="lmx.runtime", schema=_SCHEMA, sync=sync)
-        self.durable = True
-        self.problem = ""
+        self._problems: dict[StateFile, str] = {}
+
+    @property
+    def durable(self) -> bool:
+        """Whether both files hold what they were last told."""
+        return not self._problems
+
+    @property
+    def problem(self) -> str:
+        """Why not, in words; empty while durable."""
+        return next(iter(self._problems.values()), "")
 
     def load(self) -> tuple[Desired | None, Runtime]:
         """Return what was stored; None for the intent if there is none that can be used."""
@@ -93,15 +102,14 @@ class Store:
         try:
             file.save(payload)
         except OSError as error:
-            self.problem = error.strerror or str(error)
-            if self.durable:
+            was_durable = self.durable
+            self._problems[file] = error.strerror or str(error)
+            if was_durable:
                 event("state_not_durable", level="ERROR", reason=self.problem)
-            self.durable = False
         else:
-            if not self.durable:
+            # One file that is saved says nothing about the other.
+            if self._problems.pop(file, None) is not None and self.durable:
                 event("state_durable_again")
-            self.durable = True
-            self.problem = ""
 
 
 def remember_start(starts: tuple[float, ...], now: float) -> tuple[float, ...]:

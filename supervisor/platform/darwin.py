@@ -4,6 +4,7 @@ import asyncio
 import ctypes
 import ctypes.util
 import fcntl
+import os
 import select
 import socket
 import struct
@@ -24,6 +25,7 @@ _SOL_LOCAL: Final = 0
 _LOCAL_PEERCRED: Final = 1
 _LOCAL_PEERPID: Final = 2
 _XUCRED_BYTES: Final = 76
+_XUCRED_HEAD_BYTES: Final = 8
 _F_FULLFSYNC: Final = 51
 
 
@@ -34,7 +36,7 @@ def footprint_of(rusage: bytes) -> int:
 
 def uid_of(xucred: bytes) -> int:
     """Return the uid of a `struct xucred`; raise `PermissionError` for a version that is not known."""
-    version, uid = struct.unpack_from("<II", xucred)
+    version, uid = struct.unpack_from("<II", xucred) if len(xucred) >= _XUCRED_HEAD_BYTES else (-1, 0)
     if version != 0:
         msg = "the system's peer credentials have an unknown form"
         raise PermissionError(msg)
@@ -108,8 +110,11 @@ class Darwin:
         return uid, sock.getsockopt(_SOL_LOCAL, _LOCAL_PEERPID)
 
     def full_sync(self, descriptor: int) -> None:
-        """F_FULLFSYNC: plain fsync leaves data in the drive's cache."""
-        fcntl.fcntl(descriptor, _F_FULLFSYNC)
+        """F_FULLFSYNC: plain fsync leaves data in the drive's cache. Network volumes know only fsync."""
+        try:
+            fcntl.fcntl(descriptor, _F_FULLFSYNC)
+        except OSError:
+            os.fsync(descriptor)
 
     def preload(self, links: Path) -> Preload | None:
         """Nothing: Accelerate is linked in."""
