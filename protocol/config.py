@@ -82,6 +82,8 @@ class LifecycleConfig(_Section, frozen=True):
     heartbeat_s: Seconds = 1.0
     heartbeat_late_s: Seconds = 5.0
     heartbeat_hung_s: Seconds = 15.0
+    #: The gateway's own heartbeat comes from its event loop, which nothing may block for long.
+    gateway_hung_s: Seconds = 4.5
     prefill_s: Seconds = 60.0
     decode_s: Seconds = 30.0
     #: Lateness of the supervisor's own tick that means the machine slept.
@@ -118,6 +120,8 @@ class LifecycleConfig(_Section, frozen=True):
     stop_base_s: Seconds = 5.0
     stop_per_gib_s: Seconds = 0.25
     stop_max_s: Seconds = 120.0
+    #: A process whose memory still falls is given more time, but never more than this.
+    stop_falling_max_s: Seconds = 300.0
     #: A `load` or `restart-worker` command gives up waiting after this long.
     command_timeout_s: Seconds = 900.0
 

@@ -215,6 +215,8 @@ class Daemon:
                 pid = managed.slot.pid
                 sampled = await asyncio.to_thread(self._platform.footprint, pid) if pid else None
                 managed.memory_bytes = sampled if pid == managed.slot.pid else None
+                if managed.memory_bytes is not None:
+                    self._host.feed(managed, ev.Weighed(managed.memory_bytes))
             await asyncio.sleep(_SAMPLE_S)
 
     def _changed(self) -> None:

@@ -74,6 +74,12 @@ class Beat(msgspec.Struct, frozen=True):
     step: int
 
 
+class Weighed(msgspec.Struct, frozen=True):
+    """The memory of the process was measured, in bytes."""
+
+    footprint: int
+
+
 class HasDrained(msgspec.Struct, frozen=True):
     """No request is left in the process."""
 
@@ -110,6 +116,7 @@ Event = (
     | Moved
     | BecameReady
     | Beat
+    | Weighed
     | HasDrained
     | Exited
     | SpawnFailed

@@ -98,7 +98,12 @@ class Host:
         self, name: str, policy: RestartPolicy, *, model: str = "", path: str = "", created_at: float = 0
     ) -> Managed:
         """Make a slot; it stays stopped until it is wanted."""
-        settings = Settings(self.config.lifecycle, policy)
+        config = self.config.lifecycle
+        if not model:
+            hung = config.gateway_hung_s
+            late = min(config.heartbeat_late_s, hung / 2)
+            config = msgspec.structs.replace(config, heartbeat_hung_s=hung, heartbeat_late_s=late)
+        settings = Settings(config, policy)
         self.slots[name] = Managed(name, settings, model=model, path=path, created_at=created_at)
         return self.slots[name]
 

@@ -18,6 +18,9 @@ from supervisor.restarts import History, after_failure
 from supervisor.slot import COMING_UP, Settings, Slot
 
 _GIB: Final = 1024**3
+#: A footprint below this share of the last one is falling; and how long a fall may pause.
+_FELL: Final = 0.99
+_FALL_PAUSE_S: Final = 5.0
 #: Deadlines that end nothing.
 _MILD: Final = frozenset({"late", "stable"})
 
@@ -31,6 +34,28 @@ TERM_TO_KILL_S: Final = 2.0
 def advance(slot: Slot, event: Event, now: float, settings: Settings) -> Outcome:
     """Return the slot after `event` and what to do about it. Total: every event is allowed in every state."""
     match event:
+        case ev.Want() | ev.Unwant() | ev.Restart() | ev.Reset() | ev.SetAside():
+            return _decided(slot, event, now, settings)
+        case ev.Started(pid, incarnation, degraded):
+            return _started(slot, pid, incarnation, now, degraded=degraded), ()
+        case ev.Adopted(pid, incarnation, phase):
+            return _adopted(slot, pid, incarnation, phase, now), ()
+        case ev.Exited(record, luck):
+            return _exited(slot, record, luck, now, settings), ()
+        case ev.SpawnFailed(record, luck):
+            return _failed(slot, record, luck, now, settings), ()
+        case ev.Weighed(footprint):
+            fell = slot.state is ModelState.STOPPING and footprint < slot.footprint * _FELL
+            return msgspec.structs.replace(slot, footprint=footprint, fell_at=now if fell else slot.fell_at), ()
+        case ev.Tick(late_s):
+            return _tick(slot, late_s, now, settings.config)
+        case _:
+            return _reported(slot, event, now)
+
+
+def _decided(slot: Slot, event: Event, now: float, settings: Settings) -> Outcome:
+    """What an operator, or the record of earlier runs, wants."""
+    match event:
         case ev.Want():
             return _want(slot, now), ()
         case ev.Unwant(force):
@@ -41,21 +66,10 @@ def advance(slot: Slot, event: Event, now: float, settings: Settings) -> Outcome
         case ev.Reset():
             return _reset(slot, now), ()
         case ev.SetAside(reason):
-            if slot.alive:
+            if slot.alive or not settings.policy.quarantine:
                 return slot, ()
             return _to(slot, ModelState.QUARANTINED, now, wanted=True, reason=reason, probe_at=0.0), ()
-        case ev.Started(pid, incarnation, degraded):
-            return _started(slot, pid, incarnation, now, degraded=degraded), ()
-        case ev.Adopted(pid, incarnation, phase):
-            return _adopted(slot, pid, incarnation, phase, now), ()
-        case ev.Exited(record, luck):
-            return _exited(slot, record, luck, now, settings), ()
-        case ev.SpawnFailed(record, luck):
-            return _failed(slot, record, luck, now, settings), ()
-        case ev.Tick(late_s):
-            return _tick(slot, late_s, now, settings.config)
-        case _:
-            return _reported(slot, event, now)
+    return slot, ()
 
 
 def may_start(slots: Sequence[Slot], now: float) -> int | None:
@@ -132,6 +146,8 @@ def _started(slot: Slot, pid: int, incarnation: int, now: float, *, degraded: bo
         terminated=False,
         killed=False,
         degraded=degraded,
+        footprint=0,
+        fell_at=0.0,
         reason="",
     )
 
@@ -268,7 +284,11 @@ def _stopping_deadline(slot: Slot, config: LifecycleConfig) -> float:
     if slot.condemned:
         return slot.since + (DUMP_TO_TERM_S + TERM_TO_KILL_S if slot.terminated else DUMP_TO_TERM_S)
     grace = config.stop_base_s + config.stop_per_gib_s * slot.weight_bytes / _GIB
-    return slot.since + min(max(config.stop_min_s, grace), config.stop_max_s)
+    until = slot.since + min(max(config.stop_min_s, grace), config.stop_max_s)
+    if slot.fell_at > slot.since:
+        # The system is still taking its memory back; killing a huge, wedged process can strand wired memory.
+        until = max(until, min(slot.fell_at + _FALL_PAUSE_S, slot.since + config.stop_falling_max_s))
+    return until
 
 
 def _tick(slot: Slot, late_s: float, now: float, config: LifecycleConfig) -> Outcome:

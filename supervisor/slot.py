@@ -59,6 +59,9 @@ class Slot(msgspec.Struct, frozen=True):
     condemned: str = ""
     terminated: bool = False
     killed: bool = False
+    #: Memory of the process when it was last seen, and when it last fell while stopping.
+    footprint: int = 0
+    fell_at: float = 0.0
     #: The present (or last) process runs with less: see `next_degraded`.
     degraded: bool = False
     #: In quarantine: when it is tried again by itself, 0 never; and how many such tries there were.

@@ -117,6 +117,19 @@ def test_a_huge_model_gets_more_time_to_stop() -> None:
     assert play([(50.1, ev.Tick())], slot)[1] == [Action.KILL]
 
 
+def test_a_process_whose_memory_still_falls_is_not_killed_until_300_s() -> None:
+    slot, _ = play([(19.0, ev.Weighed(10**15)), (20.0, ev.Unwant(force=True))], ready())
+    weight, now = 10**15, 20.0
+    while now < 315.0:
+        now += 4.0
+        weight = weight * 9 // 10
+        slot, actions = play([(now, ev.Weighed(weight)), (now, ev.Tick())], slot)
+        assert actions == []
+    assert play([(320.1, ev.Tick())], slot)[1] == [Action.KILL]
+    still, _ = play([(100.0, ev.Weighed(500))], play([(20.0, ev.Unwant(force=True))], ready())[0])
+    assert play([(35.1, ev.Tick())], still)[1] == [Action.KILL]
+
+
 def test_restart_replaces_the_process_and_forgets_its_failures() -> None:
     slot, actions = play([(20.0, ev.Restart()), (21.0, ev.HasDrained())], ready())
     assert Action.ASK_STOP in actions
@@ -243,6 +256,9 @@ def _random_event(rng: random.Random, slot: Slot, now: float) -> ev.Event:
         ev.BecameReady(1.0),
         ev.Beat(rng.choice(list(Phase)), rng.randint(0, 3)),
         ev.HasDrained(),
+        ev.Weighed(rng.randint(0, 9)),
+        ev.Reset(),
+        ev.SetAside("x"),
     ]
     if may_start([slot], now) is not None:
         always += [ev.Started(1, 1)] * 4

@@ -8,7 +8,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +285,17 @@ def files(tmp_path: Path) -> tuple[bytes, bytes]:
     return (tmp_path / "desired").read_bytes(), (tmp_path / "desired.prev").read_bytes()
 
 
+@pytest.fixture
+def quick_folder(tmp_path: Path) -> Iterator[Path]:
+    """In memory where the system has such a place: tens of thousands of files are written there."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
+
+
 def test_a_live_file_cut_off_at_any_byte_gives_the_previous_one(files: tuple[bytes, bytes], tmp_path: Path) -> None:
     live, previous = files
     for length in range(len(live)):
@@ -356,7 +367,7 @@ def mutate(data: bytes, chance: random.Random) -> bytes:
 
 
 def test_no_damage_raises_and_every_one_gives_the_old_the_new_or_nothing_with_a_problem_named(
-    files: tuple[bytes, bytes], tmp_path: Path
+    files: tuple[bytes, bytes], quick_folder: Path
 ) -> None:
     live, previous = files
     chance = random.Random(20_260_101)
@@ -365,8 +376,8 @@ def test_no_damage_raises_and_every_one_gives_the_old_the_new_or_nothing_with_a_
         which = chance.choice(("live", "previous", "both", "no live"))
         one = mutate(live, chance) if which in {"live", "both"} else None if which == "no live" else live
         two = mutate(previous, chance) if which in {"previous", "both", "no live"} else previous
-        put(tmp_path, one, two)
-        loaded = load(tmp_path)
+        put(quick_folder, one, two)
+        loaded = load(quick_folder)
         if loaded.payload == NEW:
             seen["new"] += 1
             assert one == live, number
