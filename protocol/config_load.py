@@ -163,6 +163,7 @@ def _parse_value(text: str, default: object, variable: str) -> object:
 
 def _parse_toml(text: str) -> object:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        table = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):
         return text  # the decoder then says which type was expected
+    return table["value"] if len(table) == 1 else text

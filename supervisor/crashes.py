@@ -11,7 +11,9 @@ import os
 import re
 import shutil
 import time
+from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Final
@@ -77,6 +79,34 @@ def crash_id(at: float, slot: str, incarnation: int) -> str:
     return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(at))}-{slot}-{incarnation}"
 
 
+@dataclass(eq=False)
+class BlackBox:
+    """What is noted of one living process, to be read when it ends. Make it just before the process is started."""
+
+    #: The file that its stdout and stderr are appended to, and where this process's part of it begins.
+    output: Path
+    begins: int = 0
+    #: Monotonic and Unix time of its start, or of its adoption.
+    since: float = field(default_factory=time.monotonic)
+    since_unix: float = field(default_factory=time.time)
+    samples: deque[tuple[float, int | None]] = field(default_factory=lambda: deque(maxlen=MAX_SAMPLES))
+
+    def __post_init__(self) -> None:
+        self.begins = start_of(self.output)
+
+    def weigh(self, now: float, used: int | None) -> None:
+        """Note the memory it occupies at a monotonic time, None if it could not be measured."""
+        self.samples.append((now, used))
+
+    def tail(self) -> str:
+        """Return the end of what it wrote, as it wrote it: to be compared with what is known, never to be shown."""
+        return tail_of(self.output, self.begins)
+
+    def memory(self, now: float) -> tuple[tuple[float, int | None], ...]:
+        """Return the last samples with their age in seconds."""
+        return tuple((round(max(0.0, now - at), 3), used) for at, used in self.samples)
+
+
 class CrashStore:
     """The folder of crashes. Only the supervisor writes; a full or broken disk costs the record, never the service."""
 
@@ -97,8 +127,8 @@ class CrashStore:
                 _write(temporary / _STACKS, safe_tail(stacks, MAX_STACKS_BYTES).encode())
             temporary.rename(self._folder / record.id)
             self._prune(record.id)
-        except OSError as error:
-            event("crash_not_written", level="ERROR", crash=record.id, reason=error.strerror)
+        except (OSError, ValueError) as error:  # ValueError: a name that is no Unicode
+            _not_written(record, error)
             shutil.rmtree(temporary, ignore_errors=True)
             return None
         return record
@@ -110,8 +140,8 @@ class CrashStore:
         try:
             _write(temporary, _encode(_bounded(record, stacks=bool(record.stacks))))
             temporary.replace(folder / _RECORD)
-        except OSError as error:
-            event("crash_not_written", level="ERROR", crash=record.id, reason=error.strerror)
+        except (OSError, ValueError) as error:
+            _not_written(record, error)
 
     def ids(self) -> list[str]:
         """Return the ids of all crashes, newest first."""
@@ -181,6 +211,11 @@ def _bounded(record: CrashRecord, *, stacks: bool) -> CrashRecord:
         stderr_tail=safe_tail(record.stderr_tail, MAX_STDERR_BYTES),
         stacks=_STACKS if stacks else "",
     )
+
+
+def _not_written(record: CrashRecord, error: Exception) -> None:
+    reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+    event("crash_not_written", level="ERROR", slot=record.slot, incarnation=record.incarnation, reason=reason)
 
 
 def _encode(record: CrashRecord) -> bytes:
@@ -268,7 +303,8 @@ _CODE_ROOTS: Final = re.compile(
     r"|(<frozen [a-z_.]{1,40}>|<string>)"
 )
 _LIBCXX: Final = re.compile(
-    r"libc\+\+abi: terminating(?: (?:due to|with) uncaught exception of type [A-Za-z_0-9]{1,40}(?:::[A-Za-z_0-9]{1,40}){0,5})?"
+    r"libc\+\+abi: terminating"
+    r"(?: (?:due to|with) uncaught exception of type [A-Za-z_0-9]{1,40}(?:::[A-Za-z_0-9]{1,40}){0,5})?"
 )
 _ASSERTION: Final = re.compile(r"\((?:[a-z_]{1,20}/){0,8}([a-z_]{1,40}\.[ch]pp:\d{1,6})\)$")
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -17,11 +18,11 @@ from protocol import control
 from protocol.config import Config
 from protocol.logs import event
 from protocol.paths import Home
-from protocol.states import ModelState
+from protocol.states import ModelState, Phase
 from supervisor import adoption, views
 from supervisor import events as ev
 from supervisor.commands import Commands, add_model
-from supervisor.host import GATEWAY, Host
+from supervisor.host import GATEWAY, Host, Managed
 from supervisor.intent import Intent
 from supervisor.journal import Journal
 from supervisor.launch import SPARE
@@ -91,6 +92,7 @@ class Daemon:
         try:
             await self._restore(expected)
             tasks.append(loop.create_task(self._listen()))
+            tasks.append(loop.create_task(self._roll()))
             await self._stopping.wait()
             if self.handing_over:
                 self._save(clean=True)
@@ -188,6 +190,13 @@ class Daemon:
             self._host.replace_gateway()
         self._host.wake()
 
+    async def _roll(self) -> None:
+        """Replace workers of another protocol version, one after the other."""
+        for managed in [m for m in self._host.models() if m.foreign]:
+            self._journal.write("worker_rolled", model=managed.model, pid=managed.slot.pid)
+            self._host.feed(managed, ev.Restart(force=True))
+            await self._changes.wait_for(functools.partial(_is_replaced, managed))
+
     # -- while running --------------------------------------------------------------------------------------------
 
     async def _greet(self, hello: control.Hello, connection: Connection) -> None:
@@ -204,8 +213,10 @@ class Daemon:
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(self._config.lifecycle.heartbeat_s)
-            for managed in self._host.slots.values():
+            for managed in list(self._host.slots.values()):
                 managed.tell(control.Ping())
+                if managed.foreign and managed.child is not None:
+                    self._host.feed(managed, ev.Beat(Phase.IDLE, 0))  # it cannot tell us itself, and waits its turn
             if self._host.spare is not None:
                 self._host.spare.ping()
 
@@ -371,3 +382,8 @@ class Daemon:
         with contextlib.suppress(OSError):
             Path(self._home.control_socket).unlink()
         self._journal.write("supervisor_stopped", reason=self._stop_reason, models=len(loaded))
+
+
+def _is_replaced(managed: Managed) -> bool:
+    settled = {ModelState.READY, ModelState.QUARANTINED, ModelState.STOPPED}
+    return not managed.foreign and managed.slot.state in settled

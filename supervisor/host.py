@@ -52,6 +52,8 @@ class Managed:
     heartbeat: control.Heartbeat | None = None
     memory_bytes: int | None = None
     last_words: str = ""
+    #: The process speaks another protocol version: it can only be replaced.
+    foreign: bool = False
 
     def tell(self, message: Message) -> bool:
         """Send the process a message; return whether there was a connection."""
@@ -261,6 +263,7 @@ class Host:
             state=slot.state.value,
         )
         managed.child = None
+        managed.foreign = False
         if managed.model and record.counted and not asked:
             self._count_failure(managed)
         if managed.channel is not None:

@@ -100,7 +100,11 @@ class Launcher:
         return msgspec.json.encode(spec)
 
     def _worker_environ(self) -> dict[str, str]:
-        return worker_environment(self._environ(), self.preload, self._config.worker.blas_threads)
+        # MLX keeps what it compiles for the CPU under a predictable name in the temporary folder: not a shared one.
+        temporary = self._home.run / "tmp"
+        temporary.mkdir(mode=0o700, exist_ok=True)
+        environ = {**self._environ(), "TMPDIR": str(temporary)}
+        return worker_environment(environ, self.preload, self._config.worker.blas_threads)
 
     def _environ(self) -> dict[str, str]:
         return {**os.environ, "LMX_HOME": str(self._home.root)}

@@ -33,6 +33,9 @@ class Peers:
         if managed is None or not self._belongs(managed, hello, connection):
             self._dismiss(hello.pid, connection, f"worker {hello.model}")
             return
+        if hello.protocol != PROTOCOL_VERSION:
+            managed.foreign = True
+            return
         if hello.capabilities is not None:
             managed.capabilities = hello.capabilities
         managed.endpoint = hello.endpoint
@@ -45,7 +48,7 @@ class Peers:
         descriptor = connection.channel.take_fd()
         if descriptor is not None:
             self._handed_back(descriptor)
-        if not self._belongs(managed, hello, connection):
+        if hello.protocol != PROTOCOL_VERSION or not self._belongs(managed, hello, connection):
             self._dismiss(hello.pid, connection, "gateway")
             return
         self._attach(managed, connection)
@@ -73,7 +76,7 @@ class Peers:
     ) -> bool:
         """Return whether the peer is the slot's process, after adopting it if the slot has none."""
         # Who is at the other end is what the system says; a hello alone proves nothing.
-        if hello.protocol != PROTOCOL_VERSION or hello.pid != connection.pid:
+        if hello.pid != connection.pid:
             return False
         if managed.slot.pid == hello.pid and managed.slot.incarnation == hello.incarnation:
             return True

@@ -24,7 +24,7 @@ def catalog_model(managed: Managed, now: float) -> control.CatalogModel:
         state=slot.state,
         created_at=int(managed.created_at),
         incarnation=slot.incarnation,
-        endpoint=managed.endpoint if slot.state in {ModelState.READY, ModelState.DRAINING} else "",
+        endpoint=managed.endpoint if slot.state in {ModelState.READY, ModelState.DRAINING} and not code else "",
         capabilities=managed.capabilities,
         error_code=code,
         reason=reason,
@@ -61,6 +61,8 @@ def loadable_folders(models: Path) -> dict[str, Path]:
 def _why_not(managed: Managed, now: float) -> tuple[str, str, int | None]:
     """Return (error code, words, seconds to wait) for a model that takes no requests; all empty for a ready one."""
     slot = managed.slot
+    if managed.foreign:
+        return "model_restarting", "its process is of another version and is being replaced", 5
     match slot.state:
         case ModelState.READY:
             return "", "", None

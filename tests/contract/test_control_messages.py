@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from protocol.control import (
+    Assign,
     Capabilities,
     Catalog,
     CatalogModel,
@@ -32,6 +33,7 @@ from protocol.control import (
     RestartRequest,
     Result,
     ResumeRequest,
+    SpareHello,
     StatusReply,
     StatusRequest,
     Stop,
@@ -79,6 +81,10 @@ GOLDEN: tuple[tuple[Any, str], ...] = (
     (
         CliHello(1, "0.1.0"),
         "930301a5302e312e30",
+    ),
+    (
+        SpareHello(1, 9, 4244, "0.1.0"),
+        "95040109cd1094a5302e312e30",
     ),
     (
         Loading(1_000_000, 540_000_000, "weights"),
@@ -145,6 +151,10 @@ GOLDEN: tuple[tuple[Any, str], ...] = (
     (
         Ping(),
         "9114",
+    ),
+    (
+        Assign(b"{}"),
+        "9215c4027b7d",
     ),
     (
         GatewayReady(),

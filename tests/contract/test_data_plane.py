@@ -19,6 +19,7 @@ from protocol.data import (
     FromWorker,
     Kind,
     Refused,
+    Resume,
     Sampling,
     Step,
     Submit,
@@ -42,16 +43,17 @@ GOLDEN: tuple[tuple[Any, str], ...] = (
             "req-1",
             "10.0.0.2",
             3,
+            Resume([5, 6]),
         ),
         (
-            "9a0107cf8000000000000001019293a673797374656da942652062726965662ec093a475736572ac4772c3bcc39f6520"
+            "9b0107cf8000000000000001019293a673797374656da942652062726965662ec093a475736572ac4772c3bcc39f6520"
             "f09f8c8da36164619540cb3fe0000000000000cb3feccccccccccccd2a92a3454e44a20a0acb403e000000000000a572"
-            "65712d31a831302e302e302e3203"
+            "65712d31a831302e302e302e320391920506"
         ),
     ),
     (
         Submit(1, 1, Kind.CHAT, [ChatMessage("user", "hi")], Sampling(), 900.0),
-        ("9a010101019193a475736572a26869c095c0cb3fe6666666666666cb3ff0000000000000c090cb408c200000000000a0a000"),
+        ("9b010101019193a475736572a26869c095c0cb3fe6666666666666cb3ff0000000000000c090cb408c200000000000a0a000c0"),
     ),
     (
         Abort(7, [1, 2**64 - 1]),

@@ -50,7 +50,9 @@ def section(text: str, heading: str) -> str:
 
 
 def code(text: str) -> str:
-    return text.strip("`")
+    """What a code span holds; one with backticks in it is fenced by two."""
+    found = re.fullmatch(r"(`+) ?(.*?) ?\1", text)
+    return found[2] if found else text
 
 
 def row(*cells: object) -> str:
@@ -65,22 +67,20 @@ def bounds(meta: msgspec.Meta | None) -> str:
         return ""
     if meta.pattern:
         return ", a module name"
-    low = f"above {meta.gt}" if meta.gt is not None else "" if meta.ge is None else str(meta.ge)
-    if meta.le is None:
-        return f", {low} or more"
-    return f", {low} to {meta.le}"
+    if meta.max_length is not None:
+        return f", {meta.min_length or 0} to {meta.max_length} of them"
+    low = f"above {meta.gt}" if meta.gt is not None else str(meta.ge)
+    return f", {low} or more" if meta.le is None else f", {low} to {meta.le}"
 
 
 def type_words(annotation: Any) -> str:
     meta = next(iter(getattr(annotation, "__metadata__", ())), None)
     plain = annotation.__origin__ if meta is not None else annotation
     if get_origin(plain) is Literal:
-        return " or ".join(f'"{choice}"' for choice in get_args(plain))
-    names = {
-        str: "text", int: "integer", float: "number", bool: "true or false",
-        tuple[str, ...]: "list of texts", tuple[float, ...]: "list of numbers",
-    }  # fmt: skip
-    return names[plain] + bounds(meta)
+        return ", ".join(f'"{choice}"' for choice in get_args(plain))
+    if get_origin(plain) is tuple:
+        return ("list of " + type_words(get_args(plain)[0])).replace("number,", "numbers,") + bounds(meta)
+    return {str: "text", int: "integer", float: "number", bool: "true or false"}[plain] + bounds(meta)
 
 
 def unit(key: str) -> str:
@@ -246,6 +246,12 @@ def test_options_of_the_program_are_documented() -> None:
 def test_the_readme_names_every_command() -> None:
     named = {re.split(r"[ `]", code(cells[0]))[0] for cells in rows(section(page("README.md"), "## More models"))[1:]}
     assert named == set(cli.commands)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_commands_that_are_named_exist(name: str) -> None:
+    named = re.findall(r"(?:^|[`/( ])lmx-supervisor ([a-z][a-z-]+)\b(?! \|)", page(name), re.MULTILINE)
+    assert set(named) <= set(cli.commands)
 
 
 # -- events, modules, dependencies --------------------------------------------------------------------------------

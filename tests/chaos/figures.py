@@ -1,0 +1,18 @@
+"""What the rows of the failure matrix measured, one JSON line per figure in the file named by LMX_FIGURES."""
+
+import json
+import os
+from collections.abc import Callable
+
+#: figure("row 01", "death seen", seconds, target=0.050): a measured value, and what the matrix asks for.
+Figure = Callable[..., None]
+
+
+def record(row: str, name: str, value: float, *, target: float | None = None, unit: str = "s") -> None:
+    """Append one figure, if a run collects them."""
+    file = os.environ.get("LMX_FIGURES")
+    if not file:
+        return
+    line = json.dumps({"row": row, "name": name, "value": round(value, 4), "target": target, "unit": unit})
+    with open(file, "a", encoding="utf-8") as stream:
+        stream.write(line + "\n")
