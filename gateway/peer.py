@@ -1,11 +1,10 @@
 """One incarnation of one worker, as the gateway sees it: the requests it works on and what it says about them."""
 
 import asyncio
-import contextlib
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Final
+from typing import Final, Protocol
 
 from gateway.link import DataPlane
 from gateway.requests import Request, RequestState
@@ -17,7 +16,6 @@ from protocol.data import (
     Failed,
     Refused,
     Step,
-    Submit,
     from_worker_decoder,
 )
 from protocol.errors import LmxError, from_peer
@@ -28,35 +26,51 @@ from protocol.messages import MalformedMessageError, encode
 _MAX_PROTOCOL_ERRORS: Final = 3
 _LOG_EVERY_S: Final = 1.0
 _ABORT_RETRY_S: Final = 0.05
+_CRASHED: Final = "worker_crashed"
+_REPLACED: Final = "model_restarting"
+ENDED_WORDS: Final = "The process of the model ended before the answer did."
 #: What the clients of a worker that is lost are told, by the code of the error.
 _ENDED: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "worker_crashed": "The process of the model ended before the answer did.",
+        "worker_crashed": ENDED_WORDS,
         "protocol_error": "The process of the model sent something unreadable.",
     }
 )
 
 
+class PeerOwner(Protocol):
+    """Who is told what becomes of a worker and of its requests."""
+
+    def on_connected(self) -> None:
+        """The worker has answered the handshake."""
+
+    def on_returned(self, peer: "WorkerPeer", request: Request, error: LmxError) -> None:
+        """The worker gives a request back before its end; the next incarnation may take it."""
+
+    def on_lost(self, peer: "WorkerPeer", requests: list[Request], *, crashed: bool) -> None:
+        """The worker is gone and these were its requests. Not `crashed`: it was replaced."""
+
+    def on_idle(self, peer: "WorkerPeer") -> None:
+        """Its last request has ended, or it is dead."""
+
+
 class WorkerPeer:
     """A worker incarnation behind its own link. Once `dead`, it stays so; the same worker then needs a new peer.
 
-    `on_idle` is called whenever the last request has ended, and when the peer dies.
+    `slots` is how many requests the worker runs at once.
     """
 
     def __init__(
-        self,
-        plane: DataPlane,
-        model: str,
-        incarnation: int,
-        endpoint: str,
-        on_idle: "Callable[[WorkerPeer], None]",
+        self, plane: DataPlane, model: str, incarnation: int, endpoint: str, *, slots: int, owner: PeerOwner
     ) -> None:
         self.model = model
         self.incarnation = incarnation
+        self.slots = slots
         self.dead = False
+        self.connected = False
         #: Frames that were thrown away.
         self.dropped = 0
-        self._on_idle = on_idle
+        self._owner = owner
         self._loop = asyncio.get_running_loop()
         self._decoder = from_worker_decoder()
         self._requests: dict[int, Request] = {}
@@ -64,8 +78,6 @@ class WorkerPeer:
         self._abort_timer: asyncio.Handle | None = None
         self._protocol_errors = 0
         self._logged_at = float("-inf")
-        self._settled = asyncio.Event()
-        self._connected = False
         self._link = plane.connect(endpoint, self)
 
     @property
@@ -73,25 +85,23 @@ class WorkerPeer:
         """How many requests the worker has not ended."""
         return len(self._requests)
 
-    async def connected(self, within_s: float) -> None:
-        """Wait until the worker has answered the handshake; raise `LmxError` if it does not."""
-        if not self._settled.is_set():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(within_s):
-                    await self._settled.wait()
-        if not self._connected or self.dead:
-            raise self._unreachable()
+    @property
+    def takes_requests(self) -> bool:
+        """Whether something can be submitted now."""
+        return self.connected and not self.dead
 
-    def submit(self, message: Submit, request: Request) -> None:
-        """Hand a request to the worker; its answers go to `request` until `release`. Raises `LmxError`."""
-        body = encode(message)
+    def submit(self, request: Request) -> bool:
+        """Hand a request to the worker; return False if the worker turns out to be gone. Raises `LmxError`."""
+        body = encode(request.message(self.incarnation))
         if len(body) > MAX_FRAME_BYTES:
             raise LmxError("body_too_large", "The request is too large for its model's process.")
         if not self._link.send(body):
             if self.dead:
-                raise self._unreachable()
+                return False
             raise LmxError("server_busy", f"The process of model '{self.model}' takes no more requests.")
+        request.submitted()
         self._requests[request.rid] = request
+        return True
 
     def release(self, request: Request) -> None:
         """Forget a request; the worker is told if it still works on it."""
@@ -109,36 +119,48 @@ class WorkerPeer:
             request.fail(error)
             self.release(request)
 
-    def fail(self, code: str, why: str) -> None:
-        """Close the link and fail what it carries with `code`."""
-        if self.dead:
-            return
-        self.dead = True
-        self._link.close()
-        self._settled.set()
-        if self._abort_timer is not None:
-            self._abort_timer.cancel()
-        event("link_closed", model=self.model, incarnation=self.incarnation, why=why, requests=len(self._requests))
-        requests, self._requests = self._requests, {}
-        for request in requests.values():
-            request.fail(LmxError(code, _ENDED[code]))
-        self._on_idle(self)
+    def replaced(self) -> None:
+        """The supervisor has another incarnation in its place: what runs here goes there."""
+        self._give_up("replaced", crashed=False)
 
     def close(self) -> None:
         """Close a link that is not needed any more."""
         self._send_aborts()
-        self.fail("worker_crashed", "closed")
+        self._end("closed", _CRASHED)
+
+    def _give_up(self, why: str, *, crashed: bool) -> None:
+        """Close the link; its owner says what becomes of its requests."""
+        if not self.dead:
+            requests = self._close(why)
+            self._owner.on_lost(self, requests, crashed=crashed)
+            self._owner.on_idle(self)
+
+    def _end(self, why: str, code: str) -> None:
+        """Close the link and end what it carries with `code`."""
+        if not self.dead:
+            for request in self._close(why):
+                request.fail(LmxError(code, _ENDED[code]))
+            self._owner.on_idle(self)
+
+    def _close(self, why: str) -> list[Request]:
+        self.dead = True
+        self._link.close()
+        if self._abort_timer is not None:
+            self._abort_timer.cancel()
+        event("link_closed", model=self.model, incarnation=self.incarnation, why=why, requests=len(self._requests))
+        requests, self._requests = self._requests, {}
+        return list(requests.values())
 
     # -- what the link reports ----------------------------------------------------------------------------------
 
     def on_connected(self) -> None:
         """The worker has answered the handshake."""
-        self._connected = True
-        self._settled.set()
+        self.connected = True
+        self._owner.on_connected()
 
     def on_lost(self, why: str) -> None:
         """The worker is gone."""
-        self.fail("worker_crashed", why)
+        self._give_up(why, crashed=True)
 
     def on_frame(self, frame: bytes | None) -> None:
         """Give one message of the worker to the requests it is about."""
@@ -174,12 +196,21 @@ class WorkerPeer:
             if not request.accept(message.prompt_tokens, message.cached_tokens):
                 self._out_of_turn(request)
             return
+        if message.code == _CRASHED:
+            # Its last words, said about each request. The others' need not be awaited: all text was sent before.
+            self._give_up("said that it ends", crashed=True)
+            return
         if isinstance(message, Refused):
             error = from_peer(message.code, message.message, param=message.param, retry_after_s=message.retry_after_s)
+            goes_on = message.code == _REPLACED
         else:
             error = from_peer(message.code, message.message)
-        request.fail(error)
+            goes_on = message.retryable
         self._ended_by_worker(request)
+        if goes_on:
+            self._owner.on_returned(self, request, error)
+        else:
+            request.fail(error)
 
     def _ended_by_worker(self, request: Request) -> None:
         del self._requests[request.rid]
@@ -187,13 +218,9 @@ class WorkerPeer:
 
     def _report_idle(self) -> None:
         if not self._requests:
-            self._on_idle(self)
+            self._owner.on_idle(self)
 
     # -- what goes wrong ----------------------------------------------------------------------------------------
-
-    def _unreachable(self) -> LmxError:
-        text = f"The process of model '{self.model}' has ended or is being replaced."
-        return LmxError("model_restarting", text, param="model")
 
     def _out_of_turn(self, request: Request) -> None:
         """An answer to a request that has not been accepted, or twice."""
@@ -205,7 +232,7 @@ class WorkerPeer:
         self._drop(why)
         self._protocol_errors += 1
         if self._protocol_errors >= _MAX_PROTOCOL_ERRORS:
-            self.fail("protocol_error", f"{_MAX_PROTOCOL_ERRORS} bad frames, the last one {why}")
+            self._end(f"{_MAX_PROTOCOL_ERRORS} bad frames, the last one {why}", "protocol_error")
 
     def _drop(self, why: str) -> None:
         """Count a frame that is thrown away; log it, but not a flood of them."""

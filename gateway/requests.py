@@ -1,7 +1,8 @@
-"""One generation request: what its worker said so far, and the single task that waits for more.
+"""One generation request: what its workers said so far, and the single task that waits for more.
 
 The link calls `accept`, `add` and `fail` as frames arrive; the HTTP handler awaits `changed` and takes. Between them is
-a slot that merges, not a queue: however slow the client, a request is one text and a few flags.
+a slot that merges, not a queue: however slow the client, a request is one text and a few flags. It outlives the process
+that works on it: with the tokens it has, the next process goes on.
 """
 
 import asyncio
@@ -9,13 +10,17 @@ import secrets
 import time
 from collections.abc import Callable
 from enum import Enum, auto
-from typing import Final
+from functools import cached_property
+from typing import Final, Protocol
 
-from protocol.data import Delta, Finish, Usage
+from gateway.quarantine import digest_of
+from protocol.data import Delta, Finish, Resume, Submit, Usage
 from protocol.errors import LmxError
 
 _EPOCH_BITS: Final = 31
 _COUNTER_BITS: Final = 32
+#: A worker gets at least this long, so that it and not we name the reason for being late.
+_MIN_DEADLINE_S: Final = 0.001
 
 
 class Rids:
@@ -31,8 +36,9 @@ class Rids:
 
 
 class RequestState(Enum):
-    """Where a request is; it only ever moves down this list."""
+    """Where a request is; a process that ends sends it back to the beginning."""
 
+    WAITING = auto()
     SUBMITTED = auto()
     ACCEPTED = auto()
     STREAMING = auto()
@@ -40,29 +46,55 @@ class RequestState(Enum):
     FAILED = auto()
 
 
+class RequestOwner(Protocol):
+    """Who is told of the turns in a request's life; called while frames are being read."""
+
+    def on_end(self, request: "Request") -> None:
+        """It has ended, one way or the other. Called once."""
+
+    def on_mark(self, request: "Request") -> None:
+        """It has `mark` tokens."""
+
+
 class Request:
-    """A request in the hands of one worker.
+    """A request of one client. `submit` is what every process is asked for; `deadline_at` is of `time.monotonic`.
 
     `limit` bounds the bytes of text that wait here. A stream (`streams`) may exceed it while its task is merely about
     to run; `blocked` says that the task is stuck in a write to the client. A whole answer is only taken at its end.
+    `continues` says whether it goes on in the next process if its own ends.
     """
 
-    def __init__(self, rid: int, limit: int, *, streams: bool) -> None:
-        self.rid = rid
-        self.state = RequestState.SUBMITTED
+    def __init__(
+        self, model: str, submit: Submit, *, limit: int, streams: bool, continues: bool, deadline_at: float
+    ) -> None:
+        self.model = model
+        self.rid = submit.rid
+        self.continues = continues
+        self.state = RequestState.WAITING
         #: Whether the worker has nothing more to say, or is not asked any more.
         self.ended = False
+        #: Whether some process has ever taken it.
+        self.accepted = False
+        #: Crashes it was a suspect of.
+        self.crashes = 0
         self.error: LmxError | None = None
         self.finish: Finish | None = None
         self.usage: Usage | None = None
         self.prompt_tokens = 0
         self.cached_tokens = 0
+        #: All of the answer so far, in whichever process: never more than its max_tokens.
+        self.tokens: list[int] = []
+        #: The number of tokens of which the owner wants to know.
+        self.mark: int | None = None
+        self.owner: RequestOwner | None = None
         #: `time.monotonic()` of the first text.
         self.first_text_at: float | None = None
         self.client_gone = False
         self.blocked = not streams
         #: Called once when the limit is exceeded.
         self.on_overflow: Callable[[], None] | None = None
+        self._submit = submit
+        self._deadline_at = deadline_at
         self._streams = streams
         self._limit = limit
         self._texts: list[str] = []
@@ -71,6 +103,49 @@ class Request:
         self._waiter: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
 
+    # -- what the desk does with it -----------------------------------------------------------------------------
+
+    @cached_property
+    def digest(self) -> bytes:
+        """What identifies the request should it end its process. Made on demand: few ever are in a crash."""
+        return digest_of(self.model, self._submit)
+
+    @property
+    def trace(self) -> str:
+        """The id the client knows."""
+        return self._submit.trace
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a process has taken it and not ended it."""
+        return self.state is RequestState.ACCEPTED or self.state is RequestState.STREAMING
+
+    def message(self, incarnation: int) -> Submit:
+        """Return what to send to a process: the whole request, and what it was answered with so far."""
+        submit = self._submit
+        return Submit(
+            incarnation=incarnation,
+            rid=submit.rid,
+            kind=submit.kind,
+            messages=submit.messages,
+            sampling=submit.sampling,
+            deadline_s=max(self._deadline_at - time.monotonic(), _MIN_DEADLINE_S),
+            trace=submit.trace,
+            client=submit.client,
+            priority=submit.priority,
+            resume=Resume(self.tokens) if self.tokens else None,
+        )
+
+    def submitted(self) -> None:
+        """It has been sent to a process."""
+        self.state = RequestState.SUBMITTED
+
+    def wait(self) -> None:
+        """Nobody works on it now."""
+        self.state = RequestState.WAITING
+        self.mark = None
+        self.wake()
+
     # -- what the link reports ----------------------------------------------------------------------------------
 
     def accept(self, prompt_tokens: int, cached_tokens: int) -> bool:
@@ -78,6 +153,7 @@ class Request:
         if self.state is not RequestState.SUBMITTED:
             return False
         self.state = RequestState.ACCEPTED
+        self.accepted = True
         self.prompt_tokens = prompt_tokens
         self.cached_tokens = cached_tokens
         self.wake()
@@ -88,6 +164,7 @@ class Request:
         # Compared one by one: this runs once per token, and hashing an enum's member is slow.
         if self.state is not RequestState.STREAMING and self.state is not RequestState.ACCEPTED:
             return False
+        self.tokens += delta.token_ids
         text = delta.text
         if text:
             self.state = RequestState.STREAMING
@@ -96,12 +173,15 @@ class Request:
             self._texts.append(text)
             self._unsent += len(text) if text.isascii() else len(text.encode())
         if delta.finish is not None:
-            self.state = RequestState.FINISHED
-            self.ended = True
             self.finish = delta.finish
             self.usage = delta.usage
+            self._end(RequestState.FINISHED)
         elif self._unsent > self._limit and self.blocked:
             self._overflow()
+        elif self.mark is not None and len(self.tokens) >= self.mark:
+            self.mark = None
+            if self.owner is not None:
+                self.owner.on_mark(self)
         if self._streams or self.ended:
             self.wake()
         return True
@@ -110,10 +190,15 @@ class Request:
         """End without an answer. The first end counts."""
         if self.ended:
             return
-        self.state = RequestState.FAILED
-        self.ended = True
         self.error = error
+        self._end(RequestState.FAILED)
         self.wake()
+
+    def _end(self, state: RequestState) -> None:
+        self.state = state
+        self.ended = True
+        if self.owner is not None:
+            self.owner.on_end(self)
 
     # -- what the handler does ----------------------------------------------------------------------------------
 
@@ -151,8 +236,7 @@ class Request:
         if not self._streams:
             self.fail(LmxError("protocol_error", f"The answer is longer than {self._limit} bytes."))
             return
-        self.state = RequestState.FAILED
-        self.ended = True
+        self._end(RequestState.FAILED)
         self.leave()
         if self.on_overflow is not None:
             self.on_overflow()

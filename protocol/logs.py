@@ -5,15 +5,17 @@ and the places they passed, without message or locals, because either may hold a
 `level`, `process`, `pid` and `event`, and these are always the writer's: a field of that name becomes `about_…`.
 """
 
+import contextlib
 import json
 import logging
+import os
 import sys
 import traceback
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from loguru import logger
@@ -26,6 +28,7 @@ ROTATION: Final = "50 MB"
 RETENTION: Final = 4
 _MAX_FRAMES: Final = 30
 _MAX_TEXT: Final = 4096
+_LINE_SEPARATORS: Final = ("\u0085", "\u2028", "\u2029")
 #: Keys of `extra` with an underscore are ours: they carry finished text to loguru's format, which nothing in a value
 #: can then reach.
 _PROCESS: Final = "_process"
@@ -37,37 +40,48 @@ Field = str | int | float | bool | None
 
 def event(name: str, /, *, level: str = "INFO", **fields: Field) -> None:
     """Log one event. `name` is a constant; what varies goes into `fields`."""
-    logger.bind(**fields).log(level, name)
+    _log(level, name, fields)
 
 
 def exception_event(name: str, error: BaseException, /, **fields: Field) -> None:
     """Log an exception that a boundary caught."""
-    logger.bind(**fields).opt(exception=error).error(name)
+    _log("ERROR", name, fields, error)
 
 
 def setup_logging(process: str, *, file: Path | None, terminal: bool, level: str = "INFO") -> None:
     """Send every event, also those of libraries that use `logging`, to `file` and, if asked, to stderr."""
     logger.remove()
     logger.configure(extra={_PROCESS: process}, patcher=_without_exception)
-    if file is not None:
-        logger.add(
-            file,
-            format=_json_line,
-            level=level,
-            rotation=ROTATION,
-            retention=RETENTION,
-            backtrace=False,
-            diagnose=False,
-            catch=True,
-        )
+    # With `catch` a sink that fails would print the exception being handled, message and all: `_log` catches instead.
+    options: dict[str, Any] = {"level": level, "backtrace": False, "diagnose": False, "catch": False}
     if terminal:
-        logger.add(sys.stderr, format=_terminal_line, level=level, backtrace=False, diagnose=False, catch=True)
+        colours = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+        logger.add(_to_terminal, format=_terminal_line, colorize=colours, **options)
+    if file is not None:
+        logger.add(file, format=_json_line, rotation=ROTATION, retention=RETENTION, **options)
     logging.basicConfig(handlers=[_Intercept()], level=logging.WARNING, force=True)
 
 
 def json_line(fields: Mapping[str, object]) -> bytes:
     """Return fields as one line of JSON. Never fails: long text is cut, names of files that are not UTF-8 escaped."""
-    return msgspec.json.encode({_plain(key): _plain(value) for key, value in fields.items()}, enc_hook=_describe)
+    line = msgspec.json.encode({_plain(key): _plain(value) for key, value in fields.items()}, enc_hook=_describe)
+    for separator in _LINE_SEPARATORS:  # allowed in JSON, but many readers cut lines at them
+        line = line.replace(separator.encode(), json.dumps(separator)[1:-1].encode())
+    return line
+
+
+def _log(level: str, name: str, fields: Mapping[str, Field], error: BaseException | None = None) -> None:
+    try:
+        logger.bind(**fields).opt(exception=error).log(level, name)
+    except Exception as failure:  # noqa: BLE001 - a full disk must not stop what wanted to say something
+        why = failure.strerror if isinstance(failure, OSError) else ""
+        _to_terminal(f"a log line was lost: {type(failure).__name__} {why or ''}".rstrip() + "\n")
+
+
+def _to_terminal(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # gone, closed, never there
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def _plain(value: object) -> object:
@@ -138,9 +152,7 @@ class _Intercept(logging.Handler):
         level = record.levelname if record.levelname in known else "INFO"
         caught = record.exc_info[1] if record.exc_info else None
         # A library's text may quote a request; its logger name and place say enough.
-        logger.bind(logger=record.name, at=f"{record.module}:{record.lineno}").opt(exception=caught).log(
-            level, "library_log"
-        )
+        _log(level, "library_log", {"logger": record.name, "at": f"{record.module}:{record.lineno}"}, caught)
 
 
 # Before `setup_logging` loguru prints to stderr, with locals.

@@ -1,5 +1,6 @@
 """Which exit code an exception means: one table, read from top to bottom."""
 
+import errno
 from typing import Final
 
 from protocol.states import WorkerExit
@@ -29,7 +30,7 @@ _MAX_TEXT: Final = 300
 
 def classify(error: BaseException) -> WorkerExit:
     """Return the exit code for what MLX raised; 70 for everything that is not known to be the machine's fault."""
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or _out_of_descriptors(error):
         return WorkerExit.RESOURCE_LIMIT
     text = str(error).lower()
     return next((code for part, code in _BY_TEXT if part in text), WorkerExit.BUG)
@@ -38,5 +39,11 @@ def classify(error: BaseException) -> WorkerExit:
 def describe(error: BaseException) -> str:
     """Return words for the operator. The text of an exception is quoted only where MLX wrote it ("[where] what")."""
     text = str(error)
+    if isinstance(error, OSError) and _out_of_descriptors(error):
+        return f"{type(error).__name__}: {error.strerror}"
     quoted = f": {text[:_MAX_TEXT]}" if text.startswith("[") and isinstance(error, RuntimeError) else ""
     return f"{type(error).__name__}{quoted}"
+
+
+def _out_of_descriptors(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in {errno.EMFILE, errno.ENFILE}

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 #: figure("row 01", "death seen", seconds, target=0.050): a measured value, and what the matrix asks for.
 Figure = Callable[..., None]
@@ -14,5 +15,5 @@ def record(row: str, name: str, value: float, *, target: float | None = None, un
     if not file:
         return
     line = json.dumps({"row": row, "name": name, "value": round(value, 4), "target": target, "unit": unit})
-    with open(file, "a", encoding="utf-8") as stream:
+    with Path(file).open("a", encoding="utf-8") as stream:
         stream.write(line + "\n")

@@ -1,5 +1,6 @@
 """`python -m tests.fault SPEC.json`."""
 
+import contextlib
 import os
 import resource
 import signal
@@ -13,6 +14,8 @@ resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 if read_plan().at == "import" and not read_plan().models:
     commit(read_plan().deed, read_plan())
 
+import zmq  # noqa: E402
+
 from protocol.data import Accepted, Delta, Failed, Finish, Step, Submit  # noqa: E402
 from protocol.messages import encode  # noqa: E402
 from protocol.spec import WorkerSpec, read_spec  # noqa: E402
@@ -22,6 +25,8 @@ from worker.failures import FatalError  # noqa: E402
 from worker.inbound import Inbound  # noqa: E402
 from worker.io_thread import IoThread  # noqa: E402
 from worker.jobs import Command, Status  # noqa: E402
+
+HUGE_BYTES = 100 * 1024 * 1024
 
 
 class FaultyInbound(Inbound):
@@ -46,6 +51,16 @@ class FaultyInbound(Inbound):
                 Failed(wrong, submit.rid, "internal_error", "WRONG"),
             ):
                 router.send_multipart([gateway, encode(message)])
+        if word == "flood":
+            # Valid frames about nobody, as fast as they go and whether they are read or not.
+            for number in range(200_000):
+                with contextlib.suppress(zmq.Again):
+                    router.send_multipart([gateway, encode(Step(self._incarnation, number, []))], zmq.NOBLOCK)
+        if word == "huge":
+            router.send_multipart([gateway, bytes(HUGE_BYTES)])
+        if word == "twice":
+            for _ in range(3):
+                router.send_multipart([gateway, encode(Accepted(self._incarnation, submit.rid, 1))])
         super()._on_submit(gateway, submit, now)
 
 

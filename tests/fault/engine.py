@@ -15,7 +15,7 @@ from worker.jobs import AT_LENGTH, AT_STOP, GOES_ON, Job, Loaded, Prepared, Toke
 from worker.prompt import check_stops
 
 #: Prompt "tokens" that carry a fault to the engine: base + index of the word, then its numbers.
-_WORDS = ("abort", "segv", "kill", "exit", "raise", "freeze", "seize", "tokens")
+_WORDS = ("abort", "segv", "kill", "exit", "raise", "freeze", "seize", "leak", "fork", "tokens")
 _MARKED = -1
 
 
@@ -85,7 +85,7 @@ class CountingBackend:
             return
         code = numbers.pop(0) if word == "exit" and numbers else None
         if done >= (numbers[0] if numbers else 0):
-            commit(word, FaultPlan(), code)
+            commit(word, FaultPlan(words=self._plan.words), code)
 
 
 def prepare(submit: Submit, plan: FaultPlan) -> Prepared:
@@ -116,6 +116,7 @@ def load(spec: WorkerSpec, report: Callable[[int, int, str], None]) -> Loaded:
 
     def canary() -> None:
         if plan.at == "warming":
+            time.sleep(0.1)  # so that the supervisor has heard of it
             commit(plan.deed, plan)
         if plan.after_ready_s:
             timer = threading.Timer(plan.after_ready_s, commit, (plan.deed, plan))

@@ -4,6 +4,8 @@ import ctypes
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Literal
@@ -18,7 +20,7 @@ VARIABLE = "LMX_FAULT"
 _MARKER = re.compile(r"\[\[(\w+)((?: \d+)*)\]\]")
 
 Moment = Literal["", "import", "hello", "loading", "warming"]
-Deed = Literal["abort", "segv", "kill", "exit", "raise", "freeze", "seize"]
+Deed = Literal["abort", "segv", "kill", "exit", "raise", "freeze", "seize", "leak", "fork"]
 
 
 class FaultPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -33,6 +35,8 @@ class FaultPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     #: What happens …
     deed: Deed = "abort"
     exit_code: int = 70
+    #: What "raise" says.
+    words: str = "[METAL] Command buffer execution failed: made up by the fault worker"
     #: … before anything is imported, before the hello, in the middle of loading, or in warming,
     at: Moment = ""
     #: … or when this many tokens were generated in all,
@@ -60,8 +64,15 @@ class FaultPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read_plan(spec: WorkerSpec | None = None) -> FaultPlan:
-    """Return the plan of the environment, or a healthy one where it is not meant for this worker."""
-    plan = msgspec.json.decode(os.environ.get(VARIABLE) or "{}", type=FaultPlan)
+    """Return the plan of the environment, or a healthy one where it is not meant for this worker.
+
+    "@file" names a file that is read at each start: a list of plans, of which the first that applies counts.
+    """
+    text = os.environ.get(VARIABLE) or "{}"
+    if text.startswith("@"):
+        plans = msgspec.json.decode(Path(text[1:]).read_bytes(), type=list[FaultPlan])
+        return next((plan for plan in plans if spec is not None and plan.applies(spec)), FaultPlan())
+    plan = msgspec.json.decode(text, type=FaultPlan)
     if spec is not None and not plan.applies(spec):
         return FaultPlan(tokens_per_s=plan.tokens_per_s, answer_tokens=plan.answer_tokens, load_s=plan.load_s)
     return plan
@@ -88,9 +99,17 @@ def commit(deed: str, plan: FaultPlan, exit_code: int | None = None) -> None:
         code = plan.exit_code if exit_code is None else exit_code
         raise FatalError(WorkerExit(code), "made up by the fault worker")
     elif deed == "raise":
-        msg = "[METAL] Command buffer execution failed: made up by the fault worker"
-        raise RuntimeError(msg)
+        raise RuntimeError(plan.words)
     elif deed == "freeze":
         time.sleep(3600)
     elif deed == "seize":
         ctypes.PyDLL(None).sleep(3600)  # PyDLL keeps the GIL
+    elif deed == "leak":
+        leaked = []
+        while True:
+            leaked.append(os.open(os.devnull, os.O_RDONLY))
+    elif deed == "fork":
+        # As mx.compile starts a compiler: a child of the process group, which outlives its parent.
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)", str(os.getpid())], env=dict(os.environ))
+        os.kill(os.getpid(), signal.SIGABRT)
+        time.sleep(60)

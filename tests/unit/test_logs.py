@@ -1,8 +1,6 @@
 """Logs are JSON lines with known keys, never a prompt, a key or a local, and never a reason to fail (design, facts)."""
 
 import datetime
-import errno
-import io
 import json
 import logging
 import math
@@ -31,15 +29,25 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "worker.log"
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    stream = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", stream)
-    return stream
+class Terminal:
+    """All that went to stderr."""
+
+    def __init__(self, capture: pytest.CaptureFixture[str]) -> None:
+        self._capture = capture
+        self._text = ""
+
+    def getvalue(self) -> str:
+        self._text += self._capture.readouterr().err
+        return self._text
 
 
 @pytest.fixture
-def logging_on(file: Path, terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def terminal(capsys: pytest.CaptureFixture[str]) -> Terminal:
+    return Terminal(capsys)
+
+
+@pytest.fixture
+def logging_on(file: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Logging as a process sets it up; the test process's own is put back afterwards."""
     monkeypatch.setattr(logging.root, "handlers", [])
     level = logging.root.level
@@ -97,8 +105,16 @@ def test_events_below_the_level_are_left_out(file: Path) -> None:
     assert [line["event"] for line in lines(file)] == ["debugging"]
 
 
-def test_a_field_never_takes_the_place_of_the_writers_own(file: Path, terminal: io.StringIO) -> None:
-    fields: dict[str, Any] = {"pid": 4242, "ts": "x", "level_": 1, "event": "y", "process": "z", "name": "n", "text": "t"}
+def test_a_field_never_takes_the_place_of_the_writers_own(file: Path, terminal: Terminal) -> None:
+    fields: dict[str, Any] = {
+        "pid": 4242,
+        "ts": "x",
+        "level_": 1,
+        "event": "y",
+        "process": "z",
+        "name": "n",
+        "text": "t",
+    }
     event("process_started", **fields)
     line = last(file)
     assert (line["pid"], line["event"], line["process"]) == (os.getpid(), "process_started", "worker:one")
@@ -121,7 +137,7 @@ def test_the_file_is_written_for_its_owner_alone_under_our_umask(tmp_path: Path)
 # -- what a terminal shows ------------------------------------------------------------------------------------------
 
 
-def test_a_terminal_line_is_readable(terminal: io.StringIO) -> None:
+def test_a_terminal_line_is_readable(terminal: Terminal) -> None:
     event("worker_ready", level="WARNING", model="org/one", load_s=1.5, reason="three words here")
     assert re.fullmatch(
         r"\d\d:\d\d:\d\d\.\d{3} WARNING worker:one worker_ready model=org/one load_s=1\.5 reason=three words here\n",
@@ -129,7 +145,7 @@ def test_a_terminal_line_is_readable(terminal: io.StringIO) -> None:
     )
 
 
-def test_no_value_moves_the_cursor_breaks_the_line_or_changes_colours(terminal: io.StringIO) -> None:
+def test_no_value_moves_the_cursor_breaks_the_line_or_changes_colours(terminal: Terminal) -> None:
     event("odd", a="one\ntwo", b="\x1b[31mred\x1b[0m", c="\r\x08\x00", d="\u202egnirts", e="grün 模型")
     text = terminal.getvalue()
     assert text.count("\n") == 1
@@ -147,7 +163,7 @@ ODD = [
 
 
 @pytest.mark.parametrize("value", ODD, ids=lambda value: ascii(value)[:20])
-def test_no_text_in_a_field_breaks_or_loses_a_line(file: Path, terminal: io.StringIO, value: str) -> None:
+def test_no_text_in_a_field_breaks_or_loses_a_line(file: Path, terminal: Terminal, value: str) -> None:
     event("odd_value", value=value, after="still here")
     exception_event("odd_failure", ValueError(value), value=value)
     odd, failure = lines(file)
@@ -156,7 +172,7 @@ def test_no_text_in_a_field_breaks_or_loses_a_line(file: Path, terminal: io.Stri
         assert line["value"].startswith(shown)
         assert len(line["value"]) < 5000
     assert odd["after"] == "still here"
-    assert "Logging error" not in terminal.getvalue()
+    assert "lost" not in terminal.getvalue()
     assert terminal.getvalue().count("\n") == 2
 
 
@@ -165,14 +181,14 @@ def test_no_text_in_a_field_breaks_or_loses_a_line(file: Path, terminal: io.Stri
     [b"\xff\x00", 2**63, 2**64, -(2**70), 10**5000, math.nan, math.inf, object(), {"a": {1, 2}}, [1, "x", b"\xff"], 1j],
     ids=lambda value: type(value).__name__,
 )
-def test_values_that_json_does_not_know_do_not_break_a_line(file: Path, terminal: io.StringIO, value: Any) -> None:
+def test_values_that_json_does_not_know_do_not_break_a_line(file: Path, terminal: Terminal, value: Any) -> None:
     event("odd_value", value=value, after="still here")
     assert last(file)["after"] == "still here"
-    assert "Logging error" not in terminal.getvalue()
+    assert "lost" not in terminal.getvalue()
     assert "still here" in terminal.getvalue()
 
 
-def test_an_object_is_named_by_its_type_because_its_text_may_be_anything(file: Path, terminal: io.StringIO) -> None:
+def test_an_object_is_named_by_its_type_because_its_text_may_be_anything(file: Path, terminal: Terminal) -> None:
     class Prompt:
         def __repr__(self) -> str:
             return SECRET
@@ -193,9 +209,7 @@ def test_any_scalars_are_one_line_of_json(fields: dict[str, Any]) -> None:
 
 @given(st.text(st.characters(blacklist_categories=()), max_size=40))
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_text_is_one_line_in_the_file_and_one_on_the_terminal(
-    file: Path, terminal: io.StringIO, text: str
-) -> None:
+def test_any_text_is_one_line_in_the_file_and_one_on_the_terminal(file: Path, terminal: Terminal, text: str) -> None:
     before = len(terminal.getvalue())
     event("any", value=text)
     assert last(file)["value"] == text.encode("utf-8", "backslashreplace").decode()
@@ -267,7 +281,7 @@ LEAKS = [plain, in_a_local, in_a_cause, in_a_context, in_a_note, in_a_group, in_
 @pytest.mark.parametrize("leak", LEAKS, ids=lambda leak: leak.__name__)
 @pytest.mark.parametrize("through", ["exception_event", "stdlib", "uvicorn", "loguru", "asyncio"])
 def test_an_exception_is_its_type_and_its_places_and_nothing_else(
-    file: Path, terminal: io.StringIO, leak: Callable[[str], None], through: str
+    file: Path, terminal: Terminal, leak: Callable[[str], None], through: str
 ) -> None:
     try:
         leak(SECRET)
@@ -278,16 +292,16 @@ def test_an_exception_is_its_type_and_its_places_and_nothing_else(
             case "stdlib":
                 logging.getLogger("some.library").exception("failed on %s", SECRET)
             case "uvicorn":
-                logging.getLogger("uvicorn.error").error(f"Exception in ASGI application {SECRET}\n", exc_info=error)
+                logging.getLogger("uvicorn.error").error(SECRET, exc_info=error)  # noqa: TRY400
             case "loguru":
                 logger.exception("request_crashed")
             case "asyncio":
-                logging.getLogger("asyncio").error(SECRET, exc_info=(type(error), error, error.__traceback__))
+                logging.getLogger("asyncio").critical(SECRET, exc_info=(type(error), error, error.__traceback__))
     text = file.read_text() + terminal.getvalue()
     assert SECRET not in text
-    assert "Logging error" not in text
+    assert "lost" not in text
     line = last(file)
-    assert line["level"] == "ERROR"
+    assert line["level"] == ("CRITICAL" if through == "asyncio" else "ERROR")
     assert line["exc_type"].rpartition(".")[2].endswith(("Error", "ExceptionGroup"))
     assert any(leak.__name__ in place for place in line["exc_at"])
     assert all(re.fullmatch(r"[\w.<>-]+:\d+:[\w<>]+", place) for place in line["exc_at"]), line["exc_at"]
@@ -315,22 +329,64 @@ def test_a_record_without_a_real_exception_does_no_harm(file: Path) -> None:
     assert "exc_type" not in last(file)
 
 
-def test_a_disk_that_refuses_the_line_does_not_get_the_exception_told_to_stderr(
-    file: Path, terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Loguru then prints its whole record."""
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(logs, "json_line", full)
+def test_a_disk_that_refuses_lines_costs_those_lines_and_tells_nobody_what_was_in_them(tmp_path: Path) -> None:
+    program = f"""
+import resource, sys
+from pathlib import Path
+from protocol.logs import event, exception_event, setup_logging
+def f(prompt):
+    raise ValueError(prompt)
+setup_logging("x", file=Path(sys.argv[1]), terminal=True)
+event("before")
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+resource.setrlimit(resource.RLIMIT_FSIZE, (Path(sys.argv[1]).stat().st_size + 20, hard))
+for _ in range(100):
     try:
-        in_a_cause(SECRET)
+        try:
+            f({SECRET!r})
+        except ValueError as error:
+            raise RuntimeError from error
     except RuntimeError as error:
-        exception_event("request_crashed", error)
-    assert "Logging error" in terminal.getvalue()
-    assert "RuntimeError" in terminal.getvalue()
-    assert SECRET not in terminal.getvalue()
+        exception_event("while_full", error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+event("after")
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "x.log")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "a log line was lost: OSError File too large" in done.stderr
+    assert done.stderr.count("while_full") == 100, "the terminal has them all the same"
+    text = (tmp_path / "x.log").read_text()
+    assert json.loads(text.splitlines()[0])["event"] == "before"
+    assert json.loads(text.splitlines()[-1])["event"] == "after"
+    assert SECRET not in done.stderr + text
+
+
+def test_a_terminal_that_is_gone_does_not_keep_a_line_from_the_file(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for gone in (None, open(os.devnull)):  # noqa: PTH123, SIM115
+        monkeypatch.setattr(sys, "stderr", gone)
+        event("still_logged")
+        if gone is not None:
+            gone.close()
+            event("still_logged")
+    assert len(lines(file)) == 3
+
+
+@pytest.mark.parametrize("colours", [True, False])
+def test_colours_are_for_terminals_only(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, colours: bool
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if not colours:
+        monkeypatch.setenv("NO_COLOR", "1")
+    setup_logging("x", file=tmp_path / "x.log", terminal=True)
+    event("coloured", value="<red>{}</red>")
+    assert ("\x1b[" in terminal.getvalue()) == colours
+    assert "value=<red>{}</red>" in terminal.getvalue()
+    assert "\x1b" not in (tmp_path / "x.log").read_text()
 
 
 def test_before_logging_is_set_up_an_exception_shows_no_message_and_no_local() -> None:

@@ -29,7 +29,8 @@ class PowerLossError(BaseException):
 
 
 def state(folder: Path, schema: int = 1, kind: str = "lmx.test") -> StateFile:
-    return StateFile(folder / "desired", kind=kind, schema=schema, sync=lambda descriptor: os.fsync(descriptor))
+    # The name is looked up when it is called, so that a test can replace it.
+    return StateFile(folder / "desired", kind=kind, schema=schema, sync=lambda fd: os.fsync(fd))  # noqa: PLW0108
 
 
 def load(folder: Path, schema: int = 1) -> Loaded:

@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,7 +40,7 @@ class Disk:
 
     def full_sync(self, descriptor: int) -> None:
         self.synced += 1
-        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name if self.refuses else ""
+        name = Path(f"/proc/self/fd/{descriptor}").readlink().name if self.refuses else ""
         if name.removesuffix(".tmp") in self.refuses:
             raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -1,0 +1,230 @@
+"""Rows of the failure matrix: a worker process that dies (workers without MLX)."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from protocol.config import LifecycleConfig
+from supervisor.exits import classify
+from supervisor.platform.reports import jetsam_pids
+from supervisor.restarts import History, after_failure, worker_policy
+from tests.chaos.figures import Figure
+from tests.chaos.scene import Stage, counted
+from tests.harness import deadline
+
+CORPUS = Path(__file__).resolve().parents[1] / "corpus" / "crashes"
+
+
+@pytest.fixture(scope="module")
+def stage(new_stage: Callable[..., Stage]) -> Stage:
+    return new_stage()
+
+
+def test_row_05_sigkill_of_unknown_sender(stage: Stage, figure: Figure) -> None:
+    with stage.scene("row-05") as scene:
+        victim = scene.loaded()
+        killed_at = victim.signal(signal.SIGKILL)
+        exited = scene.exited(victim)
+        assert (exited["exit_class"], exited["signal"]) == ("killed", "SIGKILL")
+        figure("row 05", "death seen", exited["ts"] - killed_at, target=0.05)
+        scene.ready_after(victim)
+        scene.serves()
+    # With a report of the system that names the process it is jetsam, without one it is not: recorded samples.
+    report = (CORPUS / "jetsam_many.ips").read_text(encoding="utf-8")
+    pids = jetsam_pids(report)
+    assert pids
+    classes = {
+        classify(-9, at=1.0, asked=False, hung=False, jetsam=pid in pids).name: pid in pids for pid in (*pids, 1)
+    }
+    assert classes == {"jetsam": True, "killed": False}
+
+
+@pytest.mark.parametrize(("row", "at"), [("row-06", "import"), ("row-08", "warming")])
+def test_row_06_and_08_crash_before_ready(stage: Stage, figure: Figure, row: str, at: str) -> None:
+    with stage.scene(row) as scene:
+        scene.fault(at=at, deed="abort")
+        began = time.time()
+        assert scene.load(check=False).exit_code == 1
+        set_aside = scene.event("model_readiness_changed", state="quarantined")
+        assert set_aside["ts"] - began < 10
+        figure(row.replace("-", " "), "set aside", set_aside["ts"] - began, target=10)
+        assert scene.attempts() == 3
+        phases = [e["state"] for e in scene.events("process_exited") if e["model"] == row]
+        assert phases == ["starting" if at == "import" else "warming"] * 3
+        refused = scene.ask().wait()
+        assert (refused.status, refused.code) == (503, "model_quarantined")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert "3 times in a row" in scene.lmx.model(row)["reason"]
+        crash = scene.crash(scene.lmx.model(row)["incarnation"])
+        assert crash["signal"] == "SIGABRT"
+        assert crash["phase"] == ("loading" if at == "import" else "warming")
+
+
+def test_row_07_crash_while_loading_weights(stage: Stage, figure: Figure) -> None:
+    with stage.scene("row-07") as scene:
+        scene.fault(until_incarnation=stage.lmx.model("other")["incarnation"] + 10_000, load_s=20.0)
+        loading = scene.loading()
+        scene.wait_state("loading")
+        victim = scene.victim()
+        assert b'"load_mark":"row-07"' in (scene.lmx.home / "state" / "runtime").read_bytes()
+        waiting = scene.ask()
+        scene.fault(load_s=0.0)
+        killed_at = victim.signal(signal.SIGKILL)
+        exited = scene.exited(victim)
+        assert exited["state"] == "loading"
+        figure("row 07", "death seen", exited["ts"] - killed_at, target=0.05)
+        ready = scene.ready_after(victim)
+        figure("row 07", "ready again", ready["ts"] - killed_at, target=5)
+        loading.join(30)
+        scene.serves()
+        assert scene.left_of(victim) == []
+        assert not list((scene.lmx.home / "run").glob("*.tmp"))
+        assert scene.crash(victim.incarnation)["phase"] == "loading"
+        for _ in deadline(5):
+            if b'"load_mark":""' in (scene.lmx.home / "state" / "runtime").read_bytes():
+                break
+        else:
+            raise AssertionError("the mark outlives the load")
+        # Held until it serves, or told that it loads: never anything else.
+        waiting.wait()
+        assert waiting.whole or (waiting.status, waiting.code) == (503, "model_loading")
+
+
+def test_row_09_crash_loop_after_ready(stage: Stage, figure: Figure) -> None:
+    with stage.scene("row-09") as scene:
+        scene.fault(after_ready_s=0.3, deed="abort")
+        scene.load(check=False)
+        set_aside = scene.event("model_readiness_changed", state="quarantined")
+        assert scene.attempts() <= 5
+        figure("row 09", "starts before it is set aside", scene.attempts(), target=5, unit="")
+        model = scene.lmx.model("row-09")
+        assert (model["last_exit"]["class"], model["last_exit"]["signal"]) == ("native_crash", "SIGABRT")
+        assert model["last_exit"]["hint"]
+        assert "within" in set_aside["reason"]
+        refused = scene.ask().wait()
+        assert (refused.status, refused.code) == (503, "model_quarantined")
+        assert 1 <= int(refused.headers["retry-after"]) <= 120
+        assert stage.lmx.process is not None
+        supervisor = psutil.Process(stage.lmx.process.pid)
+        before, since = supervisor.cpu_times(), time.monotonic()
+        time.sleep(1.0)  # the measurement itself
+        after = supervisor.cpu_times()
+        share = (after.user + after.system - before.user - before.system) / (time.monotonic() - since)
+        figure("row 09", "processor share of the supervisor afterwards", share * 100, target=5, unit="%")
+        assert share < 0.05
+        assert scene.attempts() <= 5
+
+
+def test_row_10_slow_crash_loop() -> None:
+    """A model that takes 200 s to load and dies 30 s later: no window of a minute would ever see it."""
+    policy = worker_policy(LifecycleConfig())
+    history, now, verdicts = History(), 0.0, []
+    for _ in range(5):
+        now += 200 + 30
+        verdict = after_failure(policy, history, now=now, ready_for_s=30, load_s=200, luck=0)
+        history = verdict.history
+        verdicts.append(verdict.why)
+        now += verdict.delay_s
+    assert now - 230 > policy.slow_s, "the plain window of ten minutes is too short for it"
+    assert verdicts[:4] == [None] * 4
+    assert verdicts[4] is not None
+
+
+def test_row_29_descriptor_leak_in_a_worker(stage: Stage, figure: Figure) -> None:
+    with stage.scene("row-29") as scene:
+        victim = scene.loaded()
+        psutil.Process(victim.pid).rlimit(psutil.RLIMIT_NOFILE, (64, 64))
+        doomed = scene.ask("[[leak]]", headers={"X-LMX-On-Crash": "fail"})
+        exited = scene.exited(victim)
+        figure("row 29", "dies alone", exited["ts"] - doomed.sent_at, target=5)
+        assert exited["exit_class"] == "resource_limit"
+        doomed.wait()
+        assert (doomed.status, doomed.code) == (503, "worker_crashed")
+        scene.ready_after(victim)
+        scene.serves()
+        assert "Too many open files" in scene.lmx.model("row-29")["last_exit"]["reason"]
+
+
+def test_row_32_worker_forks_a_child_and_dies(stage: Stage, figure: Figure) -> None:
+    def group() -> list[int]:
+        """Return the living processes of the victim's group."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if os.getpgid(process.pid) == victim.pid and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process.pid)
+            except (psutil.Error, ProcessLookupError):
+                continue
+        return found
+
+    with stage.scene("row-32") as scene:
+        victim = scene.loaded()
+        scene.ask("[[fork]]", headers={"X-LMX-On-Crash": "fail"})
+        exited = scene.exited(victim)
+        for _ in deadline(5):
+            if not group():
+                break
+        gone_at = time.time()
+        assert group() == []
+        figure("row 32", "nothing left of the group", gone_at - exited["ts"], target=1)
+        assert gone_at - exited["ts"] < 1.5
+        scene.ready_after(victim)
+        scene.serves()
+
+
+def test_row_34_crash_while_another_model_loads(stage: Stage) -> None:
+    with stage.scene("row-34") as scene:
+        victim = scene.loaded()
+        scene.fault(models=("row-34-b",), load_s=3.0)
+        loading = scene.loading("row-34-b")
+        scene.lmx.wait_model("row-34-b", "loading")
+        victim.signal(signal.SIGABRT)
+        exited = scene.exited(victim)
+        waits = scene.lmx.model("row-34")
+        assert waits["state"] in {"backoff", "starting"}
+        assert waits["pid"] is None
+        scene.ready_after(victim)
+        loading.join(30)
+        coming_up: set[str] = set()
+        for entry in scene.events():
+            if entry["event"] == "process_started":
+                coming_up.add(entry["model"])
+            elif entry["event"] == "model_readiness_changed" and entry["state"] in {"ready", "backoff", "quarantined"}:
+                coming_up.discard(entry["model"])
+            assert len(coming_up) <= 1, scene.events()
+        ready_b = scene.event("model_readiness_changed", model="row-34-b", state="ready")
+        assert scene.started_after(victim)["ts"] >= ready_b["ts"] > exited["ts"]
+        scene.serves()
+
+
+def test_row_35_four_workers_die_at_once(new_stage: Callable[..., Stage], figure: Figure) -> None:
+    stage = new_stage(
+        LMX_LIFECYCLE__BREAKER_FAILURES="4",
+        LMX_LIFECYCLE__BREAKER_OPEN_S="4",
+        LMX_LIFECYCLE__BREAKER_START_EVERY_S="2",
+    )
+    with stage.scene("row-35") as scene:
+        names = ["row-35", "row-35-b", "row-35-c", "row-35-d"]
+        for name in names:
+            scene.load(name)
+        for name in names:
+            os.killpg(scene.victim(name).pid, signal.SIGKILL)
+        opened = scene.lmx.wait_event("host_breaker_open", seconds=4.0)
+        document = scene.lmx.status()
+        assert document is not None
+        assert document["supervisor"]["host_breaker_open_s"] > 0
+        assert "HOST BREAKER" in scene.lmx.cli("status", check=False).stdout
+        scene.lmx.wait_status(lambda doc: all(m["state"] == "ready" for m in doc["models"]))
+        starts = [e["ts"] for e in scene.events("process_started") if e["ts"] > opened["ts"]]
+        early = [at - opened["ts"] for at in starts if at < opened["ts"] + 4]
+        assert len(early) <= 2
+        gaps = [later - earlier for earlier, later in zip(early, early[1:], strict=False)]
+        assert all(gap > 1.8 for gap in gaps)
+        figure("row 35", "starts while it is open (4 s, one each 2 s)", len(early), target=2, unit="")
+        for name in names:
+            assert scene.ask(model=name, max_tokens=3).wait().text == counted(3)
