@@ -1,11 +1,15 @@
 """Which worker serves which model: follows the catalog, opens a link per incarnation, closes those that are over."""
 
 import asyncio
-import contextlib
 from typing import Final
 
+from gateway.catalog import CatalogView
+from gateway.desk import Desk, Route
 from gateway.link import DataPlane
-from gateway.peer import WorkerPeer
+from gateway.peer import PeerOwner, WorkerPeer
+from gateway.quarantine import Quarantine
+from gateway.requests import Request
+from protocol.config import GatewayConfig
 from protocol.control import Catalog, CatalogModel
 from protocol.errors import LmxError
 from protocol.states import ModelState
@@ -18,15 +22,24 @@ _RELINK_S: Final = 0.5
 
 
 class WorkerPool:
-    """The workers that one gateway talks to."""
+    """The workers that one gateway talks to, and the desks at which requests for them are taken."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: GatewayConfig, catalog: CatalogView) -> None:
+        self._config = config
+        self._catalog = catalog
         self._plane = DataPlane()
+        self._quarantine = Quarantine(config.quarantine_after, config.quarantine_s)
+        self._desks: dict[str, Desk] = {}
         #: The worker that new requests of a model go to.
         self._current: dict[str, WorkerPeer] = {}
         #: Workers of models that left the catalog, while requests of theirs still run.
         self._leaving: set[WorkerPeer] = set()
         self._opened_at: dict[str, float] = {}
+        #: How long a request waits for a model, by the code of the error that says why it does not serve.
+        self._hold_s = {
+            "model_loading": config.hold_while_loading_s,
+            "model_restarting": config.hold_while_restarting_s,
+        }
 
     def apply(self, catalog: Catalog) -> None:
         """Follow a new catalog: open links to what serves, end those to incarnations that were replaced.
@@ -43,20 +56,26 @@ class WorkerPool:
                 self._leaving.add(peer)
                 self._close_if_idle(peer)
             elif model.incarnation not in {0, peer.incarnation}:
-                peer.fail("worker_crashed", "replaced")
+                peer.replaced()
         for model in catalog.models:
             if model.state is ModelState.READY and model.endpoint:
-                with contextlib.suppress(LmxError):  # logged; the next request tries again
-                    self._peer(model)
+                self._route(model.id)
+        for model_id, desk in list(self._desks.items()):
+            desk.pump()
+            if desk.idle and model_id not in models:
+                del self._desks[model_id]
 
-    async def peer_of(self, model: CatalogModel) -> WorkerPeer:
-        """Return the connected worker of a model that serves; raise `LmxError` if its process does not answer."""
-        peer = self._peer(model)
-        await peer.connected(_CONNECT_S)
-        return peer
+    def desk_of(self, model: CatalogModel) -> Desk:
+        """Return where requests for a model of the catalog are taken."""
+        desk = self._desks.get(model.id)
+        if desk is None:
+            desk = self._desks[model.id] = Desk(model.id, self._config, self._quarantine, self._route)
+        return desk
 
     def fail_requests(self, error: LmxError) -> None:
         """End every request."""
+        for desk in self._desks.values():
+            desk.fail_waiting(error)
         for peer in self._peers():
             peer.fail_requests(error)
 
@@ -69,6 +88,25 @@ class WorkerPool:
     def _peers(self) -> list[WorkerPeer]:
         return [*self._current.values(), *self._leaving]
 
+    def _route(self, model_id: str) -> Route:
+        """Return where requests for a model go now."""
+        try:
+            model = self._catalog.serving(model_id)
+        except LmxError as error:
+            return Route(None, error, self._hold_s.get(error.code, 0.0))
+        restarting_s = self._config.hold_while_restarting_s
+        try:
+            peer = self._peer(model)
+        except LmxError as error:
+            return Route(None, error, restarting_s, _RELINK_S)
+        if peer.takes_requests:
+            return Route(peer)
+        text = f"The process of model '{model_id}' has ended or is being replaced."
+        why = LmxError("model_restarting", text, param="model")
+        if peer.dead:
+            return Route(None, why, restarting_s, _RELINK_S)
+        return Route(None, why, max(restarting_s, _CONNECT_S))
+
     def _peer(self, model: CatalogModel) -> WorkerPeer:
         peer = self._current.get(model.id)
         if peer is not None and peer.incarnation == model.incarnation:
@@ -79,11 +117,19 @@ class WorkerPool:
 
     def _open(self, model: CatalogModel) -> WorkerPeer:
         self._opened_at[model.id] = asyncio.get_running_loop().time()
-        peer = WorkerPeer(self._plane, model.id, model.incarnation, model.endpoint, self._close_if_idle)
+        known = model.capabilities
+        peer = WorkerPeer(
+            self._plane,
+            model.id,
+            model.incarnation,
+            model.endpoint,
+            slots=1 if known is None else known.max_concurrent_requests,
+            owner=_Owner(self, self.desk_of(model)),
+        )
         self._current[model.id] = peer
         return peer
 
-    def _close_if_idle(self, peer: WorkerPeer) -> None:
+    def close_if_idle(self, peer: WorkerPeer) -> None:
         if peer in self._leaving and not peer.open_requests:
             self._leaving.discard(peer)
             peer.close()
