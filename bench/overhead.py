@@ -32,8 +32,8 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 MODEL: Final = "bench"
 #: Share of the machine that others may take during a measurement, and how often it is tried again.
 _DISTURBED: Final = 0.10
-_TRIES: Final = 4
-_QUIET_WAIT_S: Final = 5.0
+_TRIES: Final = 3
+_QUIET_WAIT_S: Final = 3.0
 #: A measurement takes about this many tokens, so that starting and ending do not count for much.
 _TOKENS_PER_STREAM: Final = {1: 2048, 4: 2048}
 _TOKENS_OTHERWISE: Final = 1536

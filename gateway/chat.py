@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.body import BodyReader
 from gateway.catalog import CatalogView
-from gateway.context import ClientGoneError, RequestContext, context_of
+from gateway.context import RequestContext, context_of, header
 from gateway.parameters import ignored_header
 from gateway.pool import WorkerPool
 from gateway.requests import Request, RequestState, Rids
@@ -23,8 +23,7 @@ from protocol.data import MAX_FRAME_BYTES, Kind, Submit
 from protocol.errors import LmxError
 from protocol.logs import event
 
-#: A worker gets at least this long, so that it and not we name the reason for being late.
-_MIN_DEADLINE_S: Final = 0.001
+_ON_CRASH: Final = {b"continue": True, b"fail": False}
 
 
 class ChatCompletions:
@@ -47,10 +46,11 @@ class ChatCompletions:
             call = parse_chat(body, self._config)
             del body
             context = context_of(scope)
+            continues = self._continues(scope)
             if call.ignored:
                 context.headers.append((b"x-lmx-ignored", ignored_header(call.ignored)))
             client = scope["client"][0] if scope.get("client") else ""
-            async with self._submitted(call, context, client, receive) as request:
+            async with self._entered(call, context, receive, client=client, continues=continues) as request:
                 answer = Answer(f"chatcmpl-{secrets.token_hex(12)}", call.model, context, request)
                 if call.stream:
                     stream = ChatStream(
@@ -61,43 +61,51 @@ class ChatCompletions:
                     await send_whole(answer, send)
 
     @contextlib.asynccontextmanager
-    async def _submitted(
-        self, call: ChatCall, context: RequestContext, client: str, receive: Receive
+    async def _entered(
+        self, call: ChatCall, context: RequestContext, receive: Receive, *, client: str, continues: bool
     ) -> AsyncIterator[Request]:
-        """Have the call accepted by a worker; whichever way the block is left, the worker is not left working."""
+        """Have the call taken care of; whichever way the block is left, no worker is left working."""
         await self._catalog.arrived()
-        worker = await self._pool.peer_of(self._catalog.serving(call.model))
-        limit = self._config.max_unsent_bytes if call.stream else MAX_FRAME_BYTES
-        request = Request(self._rids.new(), limit, streams=call.stream)
-        left_s = max(context.started + self._config.chat_timeout_s - time.monotonic(), _MIN_DEADLINE_S)
-        late = LmxError("timeout", f"The answer was not complete after {self._config.chat_timeout_s:g} s.")
-        message = Submit(
-            incarnation=worker.incarnation,
-            rid=request.rid,
+        desk = self._pool.desk_of(self._catalog.find(call.model))
+        deadline_at = context.started + self._config.chat_timeout_s
+        submit = Submit(
+            incarnation=0,
+            rid=self._rids.new(),
             kind=Kind.CHAT,
             messages=call.messages,
             sampling=call.sampling,
-            deadline_s=left_s,
+            deadline_s=self._config.chat_timeout_s,
             trace=context.request_id,
             client=client,
         )
-        worker.submit(message, request)
-        timer = asyncio.get_running_loop().call_later(left_s, request.fail, late)
+        request = Request(
+            call.model,
+            submit,
+            limit=self._config.max_unsent_bytes if call.stream else MAX_FRAME_BYTES,
+            streams=call.stream,
+            continues=continues,
+            deadline_at=deadline_at,
+        )
+        late = LmxError("timeout", f"The answer was not complete after {self._config.chat_timeout_s:g} s.")
+        timer = asyncio.get_running_loop().call_later(deadline_at - time.monotonic(), request.fail, late)
         watcher = asyncio.create_task(_watch(receive, request))
         try:
-            while request.state is RequestState.SUBMITTED and not request.client_gone:
-                await request.changed()
-            if request.client_gone:
-                raise ClientGoneError
-            if request.error is not None:
-                # Nothing has been sent: the refusal can still be a clean status.
-                raise request.error
+            desk.enter(request)
             yield request
         finally:
             timer.cancel()
             watcher.cancel()
-            worker.release(request)
+            desk.leave(request)
             _log(call, context, request, time.monotonic())
+
+    def _continues(self, scope: Scope) -> bool:
+        """Return whether the client wants the request to outlive its process."""
+        wish = header(scope, b"x-lmx-on-crash").strip().lower()
+        if not wish:
+            return self._config.on_crash == "continue"
+        if wish not in _ON_CRASH:
+            raise LmxError("invalid_value", "X-LMX-On-Crash must be 'continue' or 'fail'.", param="X-LMX-On-Crash")
+        return _ON_CRASH[wish]
 
 
 async def _watch(receive: Receive, request: Request) -> None:
@@ -118,6 +126,8 @@ def _log(call: ChatCall, context: RequestContext, request: Request, now: float) 
     }
     if request.first_text_at is not None:
         fields["ttft_ms"] = round((request.first_text_at - context.started) * 1000, 1)
+    if request.crashes:
+        fields["crashes"] = request.crashes
     if request.error is not None:
         event("inference_failed", level="WARNING", code=request.error.code, **fields)
     elif request.state is not RequestState.FINISHED:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterable
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
@@ -28,7 +28,7 @@ class Route(NamedTuple):
 
 
 class _Waiting(msgspec.Struct):
-    """`since` is of the event loop's clock. `error`: what to say when the wait is over, if not why the model is not there.
+    """`since` is of the event loop's clock. `error`: what to say when the wait is over, if not where the model is.
 
     `avoid`: the incarnation that gave the request back.
     """
@@ -43,12 +43,19 @@ class Desk:
     """One model's requests. Those that come wait in line behind those that were interrupted."""
 
     def __init__(
-        self, model: str, config: GatewayConfig, quarantine: Quarantine, route: Callable[[str], Route]
+        self,
+        model: str,
+        config: GatewayConfig,
+        quarantine: Quarantine,
+        *,
+        route: Callable[[str], Route],
+        on_idle: Callable[[WorkerPeer], None],
     ) -> None:
         self._model = model
         self._config = config
         self._quarantine = quarantine
         self._route = route
+        self._on_idle = on_idle
         self._probation = Probation()
         self._interrupted: dict[int, _Waiting] = {}
         self._newcomers: dict[int, _Waiting] = {}
@@ -74,8 +81,10 @@ class Desk:
         route = self._route(self._model)
         waiting = _Waiting(request, self._loop.time())
         free = not (self._probation.active or self._interrupted or self._newcomers)
-        if free and route.peer is not None and self._submit(waiting, route.peer):
-            return
+        if free and route.peer is not None:
+            if self._submit(waiting, route.peer):
+                return
+            route = self._route(self._model)
         route = self._explain(route)
         if route.hold_s <= 0 and route.why is not None:
             raise route.why
@@ -114,6 +123,10 @@ class Desk:
         """A worker can be used."""
         self._pump_soon()
 
+    def on_idle(self, peer: WorkerPeer) -> None:
+        """A worker has nothing to do."""
+        self._on_idle(peer)
+
     def on_returned(self, peer: WorkerPeer, request: Request, error: LmxError) -> None:
         """A process that is being replaced gives a request back: nobody's fault."""
         self._peers.pop(request.rid, None)
@@ -126,7 +139,7 @@ class Desk:
         requests = [request for request in requests if not request.ended]
         for request in requests:
             self._peers.pop(request.rid, None)
-        suspects = self._name_suspects(peer, requests) if crashed else set()
+        suspects = self._name_suspects(peer, requests) if crashed and requests else set()
         for request in requests:
             self._probation.interrupt(request.rid)
             gone = LmxError("worker_crashed", ENDED_WORDS)
@@ -152,15 +165,14 @@ class Desk:
         for digest in {request.digest for request in present if request.rid in suspects}:
             if self._quarantine.name(digest, now):
                 event("request_quarantined", level="WARNING", model=self._model, digest=shown(digest))
-        if requests:
-            event(
-                "requests_interrupted",
-                level="WARNING",
-                model=self._model,
-                incarnation=peer.incarnation,
-                requests=len(requests),
-                suspects=len(suspects),
-            )
+        event(
+            "requests_interrupted",
+            level="WARNING",
+            model=self._model,
+            incarnation=peer.incarnation,
+            requests=len(requests),
+            suspects=len(suspects),
+        )
         return suspects
 
     def _interrupt(self, request: Request, error: LmxError, avoid: int = 0) -> None:
@@ -209,6 +221,7 @@ class Desk:
         waiting = None if rid is None else self._interrupted.get(rid)
         if rid is not None and waiting is not None and self._start(waiting, peer):
             waiting.request.mark = self._probation.begin(rid)
+            self._moved_at = self._loop.time()
 
     def _start(self, waiting: _Waiting, peer: WorkerPeer) -> bool:
         request = waiting.request

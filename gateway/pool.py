@@ -6,9 +6,8 @@ from typing import Final
 from gateway.catalog import CatalogView
 from gateway.desk import Desk, Route
 from gateway.link import DataPlane
-from gateway.peer import PeerOwner, WorkerPeer
+from gateway.peer import WorkerPeer
 from gateway.quarantine import Quarantine
-from gateway.requests import Request
 from protocol.config import GatewayConfig
 from protocol.control import Catalog, CatalogModel
 from protocol.errors import LmxError
@@ -69,7 +68,9 @@ class WorkerPool:
         """Return where requests for a model of the catalog are taken."""
         desk = self._desks.get(model.id)
         if desk is None:
-            desk = self._desks[model.id] = Desk(model.id, self._config, self._quarantine, self._route)
+            desk = self._desks[model.id] = Desk(
+                model.id, self._config, self._quarantine, route=self._route, on_idle=self._close_if_idle
+            )
         return desk
 
     def fail_requests(self, error: LmxError) -> None:
@@ -124,12 +125,12 @@ class WorkerPool:
             model.incarnation,
             model.endpoint,
             slots=1 if known is None else known.max_concurrent_requests,
-            owner=_Owner(self, self.desk_of(model)),
+            owner=self.desk_of(model),
         )
         self._current[model.id] = peer
         return peer
 
-    def close_if_idle(self, peer: WorkerPeer) -> None:
+    def _close_if_idle(self, peer: WorkerPeer) -> None:
         if peer in self._leaving and not peer.open_requests:
             self._leaving.discard(peer)
             peer.close()

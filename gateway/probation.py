@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Final
 
 #: A suspect has got past the point it died at with so many more tokens than the gateway had of it. One would do if the
-#: last tokens of a dying process were never lost on their way; a step or two are, and a culprit that is let off too early
-#: leaves its crash to the next suspect.
+#: last tokens of a dying process were never lost on their way; a step or two are, and a culprit that is let off too
+#: early leaves its crash to the next suspect.
 PAST_TOKENS: Final = 8
 
 
@@ -33,15 +33,18 @@ class Probation:
     def crashed(self, in_flight: Mapping[int, int]) -> set[int]:
         """Note a crash; return its suspects, all of which now have to be tried.
 
-        `in_flight` maps what ran to its number of tokens. With someone on trial it is that one alone: the others had got
-        past the point they died at, or have not begun.
+        `in_flight` maps what ran to its number of tokens. With someone on trial it is that one alone: the others had
+        got past the point they died at, or have not begun.
         """
-        trial, self._on_trial = self._on_trial, None
-        culprits = {trial} if trial is not None and trial in in_flight else set(in_flight)
+        trial = self._on_trial
+        culprits = set(in_flight)
+        if trial is not None and trial in in_flight:
+            self._on_trial = None
+            culprits = {trial}
         for rid in culprits:
             self._suspects[rid] = in_flight[rid]
-        # Those with the fewest tokens first: what kills a model mostly does so early, and what is tried before it has to
-        # sit through its crash once more.
+        # Those with the fewest tokens first: what kills a model mostly does so early, and what is tried before it has
+        # to sit through its crash once more.
         self._suspects = dict(sorted(self._suspects.items(), key=lambda item: item[1]))
         return culprits
 

@@ -1,7 +1,7 @@
 """Requests that were there when their model's process ended: how often, and which are refused for a while.
 
-Pure policy: time is an argument. A request is known by a digest of what makes it do the same thing again; nothing of its
-content is kept, and of the digest no more than `shown` is ever logged.
+Pure policy: time is an argument. A request is known by a digest of what makes it do the same thing again; nothing of
+its content is kept, and of the digest no more than `shown` is ever logged.
 """
 
 import hashlib

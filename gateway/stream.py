@@ -9,7 +9,7 @@ from starlette.types import Send
 
 from gateway.context import ClientGoneError, RequestContext
 from gateway.errors import error_body, send_json
-from gateway.requests import Request
+from gateway.requests import Request, RequestState
 from gateway.schemas import AnswerMessage, ChatCompletion, Choice, CompletionUsage, FinishReason, PromptTokensDetails
 from gateway.sse import DONE, KEEPALIVE, ChunkWriter, frame
 from protocol import __version__
@@ -85,17 +85,31 @@ class ChatStream:
         self._writing_since: float | None = None
         self._wrote_at = self._loop.time()
         self._silent = False
+        self._begun = False
 
     async def run(self) -> None:
-        """Send everything from the headers to the end. Raises `ClientGoneError`."""
+        """Send everything from the headers to the end. Raises `ClientGoneError`, and `LmxError` before the headers."""
         self._request.on_overflow = self._cut_slow_client
         self._timer = self._loop.call_later(self._keepalive_s, self._tick)
         try:
+            await self._until_taken()
             await self._send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
-            await self._write(self._chunks.role())
             await self._write(await self._until_end() + self._ending(), more=False)
         finally:
             self._timer.cancel()
+
+    async def _until_taken(self) -> None:
+        """Wait for the moment to send headers: as late as possible, since an error before them is a clean status.
+
+        That is when a worker has taken the request, or when it waits for one and the client is due a comment.
+        """
+        request = self._request
+        while not (request.accepted or request.ended or (self._silent and request.state is RequestState.WAITING)):
+            if request.client_gone:
+                raise ClientGoneError
+            await request.changed()
+        if request.error is not None:
+            raise request.error
 
     async def _until_end(self) -> bytes:
         """Write what comes; return the last of it, unwritten, once the answer has ended."""
@@ -103,6 +117,9 @@ class ChatStream:
         while True:
             if request.client_gone:
                 raise ClientGoneError
+            if request.accepted and not self._begun:
+                self._begun = True
+                await self._write(self._chunks.role())
             text = request.take()
             data = self._chunks.content(text) if text else b""
             if request.ended:

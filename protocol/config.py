@@ -38,6 +38,8 @@ class GatewayConfig(_Section, frozen=True):
     #: A request waits this long for a model that is being loaded, or whose process is being replaced.
     hold_while_loading_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 300.0
     hold_while_restarting_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 60.0
+    #: Requests that wait like that for one model; one more is refused at once.
+    max_held: Count = 128
     #: A request that was in a crash alone, or on probation, this often within `quarantine_s` is refused for as long.
     quarantine_after: Count = 2
     quarantine_s: Seconds = 600.0

@@ -14,6 +14,7 @@ from protocol import __version__, control
 from protocol.messages import Message
 from protocol.paths import Home, default_home
 from protocol.states import CliExit
+from supervisor.cli_crashes import crashes
 from supervisor.client import Client, UnreachableError, WaitedTooLongError
 
 _COMMAND_S: Final = 960.0
@@ -207,6 +208,9 @@ def stop(home: Home) -> None:
             break
     client.wait_closed(within_s=_STOP_S)
     click.echo("stopped")
+
+
+cli.add_command(crashes)
 
 
 def _command(home: Home, request: Message) -> None:

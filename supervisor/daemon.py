@@ -29,6 +29,7 @@ from supervisor.launch import SPARE
 from supervisor.listener import PortTakenError, listen, serves, url_of
 from supervisor.peers import Peers
 from supervisor.platform import current_platform
+from supervisor.platform.reports import panics_since
 from supervisor.restarts import gateway_policy
 from supervisor.server import Connection, ControlServer
 from supervisor.store import ChildRecord, Desired, DesiredModel, Runtime, Store
@@ -118,7 +119,7 @@ class Daemon:
             self._before,
             boot_id=self._platform.boot_id(),
             now=self._started_at,
-            panic=lambda _since: "",
+            panic=self._panic_since,
         )
         expected = adoption.living(self._before, self._platform)
         numbers = adoption.leftovers(self._home).values()
@@ -157,6 +158,10 @@ class Daemon:
         managed = add_model(self._host, model.id, model.path, model.added_at)
         why = self._intent.why_not(model.id)
         self._host.feed(managed, ev.SetAside(why) if why else ev.Want())
+
+    def _panic_since(self, since: float) -> str:
+        reports = panics_since(since, self._host.report_folders)
+        return (reports[0].words or "kernel panic") if reports else ""
 
     def _handed_back(self, descriptor: int) -> None:
         """A gateway of an earlier supervisor returns the listening socket."""
@@ -226,6 +231,8 @@ class Daemon:
                 pid = managed.slot.pid
                 sampled = await asyncio.to_thread(self._platform.footprint, pid) if pid else None
                 managed.memory_bytes = sampled if pid == managed.slot.pid else None
+                if managed.box is not None and managed.slot.pid:
+                    managed.box.weigh(time.monotonic(), managed.memory_bytes)
                 if managed.memory_bytes is not None:
                     self._host.feed(managed, ev.Weighed(managed.memory_bytes))
             await asyncio.sleep(_SAMPLE_S)

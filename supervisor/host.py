@@ -23,10 +23,12 @@ from supervisor import events as ev
 from supervisor import lifecycle as life
 from supervisor.breaker import Breaker, after_failure, after_start, start_allowed_at
 from supervisor.children import Child
-from supervisor.exits import ExitRecord, classify
+from supervisor.crashes import BlackBox, CrashRecord, CrashStore, crash_id, stacks_in, versions
+from supervisor.exits import ExitRecord, classify, record
 from supervisor.journal import Journal
 from supervisor.launch import SPARE, Launcher
 from supervisor.platform.base import Platform
+from supervisor.platform.reports import killed_by_jetsam, report_folders
 from supervisor.restarts import RestartPolicy
 from supervisor.slot import Settings, Slot
 from supervisor.spare import Spare
@@ -52,6 +54,7 @@ class Managed:
     heartbeat: control.Heartbeat | None = None
     memory_bytes: int | None = None
     last_words: str = ""
+    box: BlackBox | None = None
     #: The process speaks another protocol version: it can only be replaced.
     foreign: bool = False
 
@@ -90,6 +93,8 @@ class Host:
         self._random = random.Random()  # noqa: S311 - spreads delays
         self.launcher = Launcher(home, config, platform)
         self.breaker = Breaker()
+        self.crashes = CrashStore(home.crashes)
+        self.report_folders = report_folders()
         self.spare = Spare(self.launcher, platform, journal, changed) if config.worker.spare else None
         #: Called before a model's process is started, so that a panic while it loads finds its name on disk.
         self.before_load: Callable[[str], None] = lambda _model: None
@@ -187,6 +192,7 @@ class Host:
             managed.child = Child(self.platform, pid, started, lambda code: self._ended(managed, code))
         except ProcessLookupError:
             return False
+        managed.box = BlackBox(self.home.logs / f"{managed.name}.out")
         self.incarnation = max(self.incarnation, incarnation)
         self.journal.write("process_adopted", model=managed.model, slot=managed.name, pid=pid, incarnation=incarnation)
         self.feed(managed, ev.Adopted(pid, incarnation, phase))
@@ -198,6 +204,7 @@ class Host:
         incarnation = self.incarnation
         degraded = bool(managed.model) and managed.slot.next_degraded(self.config.lifecycle)
         managed.last_words = ""
+        managed.box = BlackBox(self.home.logs / f"{managed.name}.out")
         managed.heartbeat = managed.memory_bytes = managed.capabilities = None
         if managed.model:
             self.before_load(managed.model)
@@ -205,8 +212,8 @@ class Host:
         try:
             managed.child = self._spawn(managed, incarnation, degraded=degraded)
         except OSError as error:
-            record = ExitRecord("start_failed", f"could not be started: {error.strerror}", time.time())
-            self.feed(managed, ev.SpawnFailed(record, self._luck()))
+            failed = record("start_failed", at=time.time(), detail=f": {error.strerror}")
+            self.feed(managed, ev.SpawnFailed(failed, self._luck()))
             return
         self.journal.write(
             "process_started",
@@ -244,11 +251,19 @@ class Host:
         return child
 
     def _ended(self, managed: Managed, returncode: int | None) -> None:
-        slot = managed.slot
+        slot, seen_at = managed.slot, time.time()
         asked = slot.state is ModelState.STOPPING or not slot.wanted
-        record = classify(
-            returncode, at=time.time(), asked=asked, hung=bool(slot.condemned), last_words=managed.last_words
+        tail = "" if managed.box is None else managed.box.tail()
+        end = classify(
+            returncode,
+            at=seen_at,
+            asked=asked,
+            hung=bool(slot.condemned),
+            last_words=managed.last_words or slot.condemned,
+            stderr_tail=tail,
+            jetsam=returncode == -signal.SIGKILL and self._jetsam(managed),
         )
+        crash = "" if end.name == "asked" else crash_id(seen_at, managed.name, slot.incarnation)
         self.journal.write(
             "process_exited",
             level="INFO" if asked and not slot.condemned else "ERROR",
@@ -256,15 +271,17 @@ class Host:
             slot=managed.name,
             pid=slot.pid,
             incarnation=slot.incarnation,
-            exit_class=record.name,
-            code=record.code,
-            signal=record.signal,
-            reason=record.reason,
+            exit_class=end.name,
+            code=end.code,
+            signal=end.signal,
+            reason=end.reason,
             state=slot.state.value,
+            seen_at=seen_at,
+            crash=crash,
         )
         managed.child = None
         managed.foreign = False
-        if managed.model and record.counted and not asked:
+        if managed.model and end.counted and not asked:
             self._count_failure(managed)
         if managed.channel is not None:
             managed.channel.close("its process ended")
@@ -273,9 +290,39 @@ class Host:
             if leftover.suffix in {".json", ".sock"}:
                 with contextlib.suppress(OSError):
                     leftover.unlink()
-        self.feed(managed, ev.Exited(record, self._luck()))
+        report = self._crash_record(managed, end, tail) if crash else None
+        self.feed(managed, ev.Exited(end, self._luck()))
+        if report is not None:  # after what has to be quick
+            self.crashes.write(report, stacks=stacks_in(tail))
         if not managed.model and managed.name != GATEWAY:
             self.remove(managed)  # a gateway that was replaced
+
+    def _jetsam(self, managed: Managed) -> bool:
+        since = time.time() if managed.box is None else managed.box.since_unix
+        return bool(killed_by_jetsam(managed.slot.pid, since, self.report_folders))
+
+    def _crash_record(self, managed: Managed, end: ExitRecord, tail: str) -> CrashRecord:
+        slot, box, now = managed.slot, managed.box, time.monotonic()
+        return CrashRecord(
+            id=crash_id(end.at, managed.name, slot.incarnation),
+            model=managed.model,
+            slot=managed.name,
+            incarnation=slot.incarnation,
+            pid=slot.pid,
+            at=end.at,
+            kind=end.name,
+            words=end.reason,
+            hint=end.hint,
+            code=end.code,
+            signal=end.signal,
+            phase=(managed.heartbeat.phase if managed.heartbeat else slot.state).value,
+            step=slot.step,
+            uptime_s=0.0 if box is None else round(now - box.since, 3),
+            memory=() if box is None else box.memory(now),
+            stderr_tail=tail,
+            versions=versions(),
+            degraded=slot.degraded,
+        )
 
     def _count_failure(self, managed: Managed) -> None:
         now = time.monotonic()

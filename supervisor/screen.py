@@ -107,6 +107,8 @@ def _note(model: dict[str, Any]) -> str:
     if model["state"] != "quarantined":
         return ""
     reason = _one_line(model["reason"] or "")[:_MAX_REASON]
+    hint = (model["last_exit"] or {}).get("hint")
+    reason += f"\n  {hint}" if hint else ""
     probe = f"; tried again by itself in {duration(model['probe_in_s'])}" if model.get("probe_in_s") else ""
     return f"{model['id']} was set aside: {reason}{probe}\n  try again with: lmx-supervisor reset {model['id']}"
 

@@ -306,7 +306,7 @@ class Scene:
         model = model or self.model
         if model != self.model:
             self._extra.append(model)
-        result = self._command(control.LoadRequest(model, str(folder or self.stage.folder)))
+        result = self.command(control.LoadRequest(model, str(folder or self.stage.folder)))
         assert not check or result.exit_code == 0, (result, self.lmx.tail())
         return result
 
@@ -317,7 +317,7 @@ class Scene:
         return thread
 
     def unload(self, model: str) -> None:
-        self._command(control.UnloadRequest(model))
+        self.command(control.UnloadRequest(model))
 
     def victim(self, model: str = "") -> Victim:
         return Victim(self.lmx, model or self.model)
@@ -329,7 +329,7 @@ class Scene:
         self.load()
         return self.victim()
 
-    def _command(self, request: Any) -> control.Result:
+    def command(self, request: Any) -> control.Result:
         client = Client(Home(self.lmx.home))
         try:
             return next(m for m in client.ask(request, within_s=90) if isinstance(m, control.Result))

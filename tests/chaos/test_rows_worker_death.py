@@ -1,5 +1,6 @@
 """Rows of the failure matrix: a worker process that dies (workers without MLX)."""
 
+import itertools
 import os
 import signal
 import time
@@ -223,7 +224,7 @@ def test_row_35_four_workers_die_at_once(new_stage: Callable[..., Stage], figure
         starts = [e["ts"] for e in scene.events("process_started") if e["ts"] > opened["ts"]]
         early = [at - opened["ts"] for at in starts if at < opened["ts"] + 4]
         assert len(early) <= 2
-        gaps = [later - earlier for earlier, later in zip(early, early[1:], strict=False)]
+        gaps = [later - earlier for earlier, later in itertools.pairwise(early)]
         assert all(gap > 1.8 for gap in gaps)
         figure("row 35", "starts while it is open (4 s, one each 2 s)", len(early), target=2, unit="")
         for name in names:
