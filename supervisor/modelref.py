@@ -41,12 +41,20 @@ def resolve(text: str, home: Home) -> ModelRef:
         return ModelRef(text, home.models / text, text if text in BUILTIN_MODELS else None)
     if text.startswith((".", "/", "~")) or os.path.isdir(folder):  # noqa: PTH112
         absolute = folder.absolute()
-        return ModelRef(Path(os.path.realpath(absolute)).name, absolute)
+        return ModelRef(_real_name(absolute), absolute)
     if _REPOSITORY.fullmatch(text):
         return ModelRef(text, home.models / text.replace("/", "--", 1), text)
     known = ", ".join(sorted(BUILTIN_MODELS))
     msg = f"no model {text!r}: give an id ({known}), a folder, or a Hugging Face repository like mlx-community/NAME"
     raise UnknownModelError(msg)
+
+
+def _real_name(folder: Path) -> str:
+    """Return the folder's own name, not that of a link or of ".."."""
+    try:
+        return Path(os.path.realpath(folder)).name
+    except OSError:
+        return folder.name
 
 
 def _is_unicode(text: str) -> bool:

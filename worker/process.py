@@ -137,6 +137,8 @@ def _arrange_process(wake_fd: int) -> None:
 
 def _die_of_thread(args: threading.ExceptHookArgs) -> None:
     """A worker without its IO thread answers nobody."""
+    # What the supervisor's crash table looks for. Without the exception's message, which may quote a prompt.
+    sys.stderr.write(f"Exception in thread {args.thread.name if args.thread else ''}:\n")
     if args.exc_value is not None:
         exception_event("thread_died", args.exc_value, thread=args.thread.name if args.thread else "")
     leave(WorkerExit.BUG)

@@ -196,7 +196,7 @@ class Others:
                 self.failures.append(repr(call))
             first = first or call.text
             self.streams += 1
-            self._stop.wait(0.05)
+            self._stop.wait(0.15)
 
     def _poll(self) -> None:
         with httpx.Client(base_url=self._url, timeout=5) as http:
@@ -210,7 +210,7 @@ class Others:
                     self.failures.append(f"healthz {type(error).__name__}")
                 self.slowest_poll_s = max(self.slowest_poll_s, time.monotonic() - asked)
                 self.polls += 1
-                self._stop.wait(0.025)
+                self._stop.wait(0.05)
 
 
 class Victim:

@@ -32,7 +32,7 @@ def test_row_05_sigkill_of_unknown_sender(stage: Stage, figure: Figure) -> None:
         killed_at = victim.signal(signal.SIGKILL)
         exited = scene.exited(victim)
         assert (exited["exit_class"], exited["signal"]) == ("killed", "SIGKILL")
-        figure("row 05", "death seen", exited["ts"] - killed_at, target=0.05)
+        figure("row 05", "death seen", exited["seen_at"] - killed_at, target=0.05)
         scene.ready_after(victim)
         scene.serves()
     # With a report of the system that names the process it is jetsam, without one it is not: recorded samples.
@@ -78,7 +78,7 @@ def test_row_07_crash_while_loading_weights(stage: Stage, figure: Figure) -> Non
         killed_at = victim.signal(signal.SIGKILL)
         exited = scene.exited(victim)
         assert exited["state"] == "loading"
-        figure("row 07", "death seen", exited["ts"] - killed_at, target=0.05)
+        figure("row 07", "death seen", exited["seen_at"] - killed_at, target=0.05)
         ready = scene.ready_after(victim)
         figure("row 07", "ready again", ready["ts"] - killed_at, target=5)
         loading.join(30)

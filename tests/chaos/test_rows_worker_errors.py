@@ -23,16 +23,18 @@ LIMIT = "[metal::malloc] Resource limit (499000) exceeded."
 
 @pytest.fixture(scope="module")
 def stage(new_stage: Callable[..., Stage]) -> Stage:
-    return new_stage(LMX_LIFECYCLE__BURST_FAILURES="9", LMX_LIFECYCLE__DEGRADED_FROM_TRY="9")
+    return new_stage(
+        LMX_LIFECYCLE__BURST_FAILURES="9", LMX_LIFECYCLE__DEGRADED_FROM_TRY="9", LMX_LIFECYCLE__HEARTBEAT_S="0.1"
+    )
 
 
 def fail_once(scene: Scene, figure: Figure, row: str, code: int, kind: str) -> Victim:
     """Have the victim raise its words during an answer; assert class, code and what client and operator see."""
     victim = scene.victim()
-    doomed = scene.ask("[[raise 2]]", headers=FAIL).wait()
+    doomed = scene.ask("[[raise 15]]", headers=FAIL).wait()  # 0.3 s: heartbeats have told of it
     exited = scene.exited(victim)
-    figure(row, "exit after the words", exited["ts"] - doomed.sent_at, target=1)
-    assert exited["ts"] - doomed.sent_at < 1.5
+    figure(row, "exit after the words", exited["seen_at"] - doomed.chunks_at[-1], target=1)
+    assert exited["seen_at"] - doomed.chunks_at[-1] < 1.5
     assert (exited["code"], exited["exit_class"]) == (code, kind)
     assert (doomed.code, doomed.error["type"]) == ("worker_crashed", "server_error")
     last = scene.lmx.model(scene.model)["last_exit"]
@@ -55,7 +57,7 @@ def fail_once(scene: Scene, figure: Figure, row: str, code: int, kind: str) -> V
 )
 def test_row_13_14_17_degraded_retry(stage: Stage, figure: Figure, row: str, words: str, code: int, kind: str) -> None:
     with stage.scene(row) as scene:
-        scene.loaded(words=words)
+        scene.loaded(words=words, tokens_per_s=50.0)
         victim = fail_once(scene, figure, row[:6].replace("-", " "), code, kind)
         exited = scene.exited(victim)
         ready = scene.ready_after(victim, within_s=90)
@@ -70,7 +72,7 @@ def test_row_13_14_17_degraded_retry(stage: Stage, figure: Figure, row: str, wor
 def test_row_15_submissions_ignored(stage: Stage, figure: Figure) -> None:
     """The system takes nothing more from such a process, and needs a while: it ends at once and waits a minute."""
     with stage.scene("row-15") as scene:
-        scene.loaded(words=IGNORED)
+        scene.loaded(words=IGNORED, tokens_per_s=50.0)
         fail_once(scene, figure, "row 15", 86, "gpu_ignored")
         waits = scene.wait_state("backoff")
         assert waits["retry_in_s"] > 30
@@ -80,7 +82,7 @@ def test_row_15_submissions_ignored(stage: Stage, figure: Figure) -> None:
 def test_row_16_victim_of_another_process(stage: Stage, figure: Figure) -> None:
     """Any number of them: never set aside, never degraded."""
     with stage.scene("row-16") as scene:
-        scene.loaded(words=VICTIM)
+        scene.loaded(words=VICTIM, tokens_per_s=50.0)
         for _ in range(4):
             victim = fail_once(scene, figure, "row 16", 86, "gpu_victim")
             scene.ready_after(victim)

@@ -1,0 +1,412 @@
+"""Rows 37 to 44 of the failure matrix: the gateway dies, freezes, runs out of descriptors, cannot start.
+
+The first part is what the rows of all roles use besides `tests.chaos.scene`.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from protocol import control
+from protocol.paths import Home
+from protocol.spec import GatewaySpec, read_spec, write_spec
+from supervisor.client import Client
+from tests.chaos.figures import Figure
+from tests.chaos.scene import FAIL, OTHER, Call, Others, Stage
+from tests.harness import Lmx, chat, deadline
+
+ROOT = Path(__file__).parents[2]
+#: So many failures of a model are no crash loop here, and heartbeats are frequent.
+PATIENT = {
+    "LMX_LIFECYCLE__HEARTBEAT_S": "0.2",
+    "LMX_LIFECYCLE__BURST_FAILURES": "1000",
+    "LMX_LIFECYCLE__UNREADY_FAILURES": "1000",
+    "LMX_LIFECYCLE__SLOW_FAILURES": "1000",
+    "LMX_LIFECYCLE__SAFE_MODE_STARTS": "1000",
+    "LMX_LIFECYCLE__RESTART_DELAYS_S": "[0.0, 0.1, 0.2]",
+    "LMX_LIFECYCLE__DEGRADED_FROM_TRY": "1000",
+}
+#: Python runs this at the start of every process: the patch for the module that the process is, if there is one.
+_SITE = """
+import os, sys
+_here = os.path.dirname(os.path.abspath(__file__))
+_module = next((sys.orig_argv[i + 1] for i, word in enumerate(sys.orig_argv) if word == "-m"), "")
+for _name in ("all", _module):
+    if os.path.exists(f"{_here}/{_name}.patch"):
+        with open(f"{_here}/{_name}.patch") as _file:
+            exec(compile(_file.read(), f"{_name}.patch", "exec"), {"HERE": _here})
+"""
+
+
+# -- for all rows -------------------------------------------------------------------------------------------------
+
+
+def patched(folder: Path, **patches: str) -> dict[str, str]:
+    """Return the environment in which processes begin with a patch, by module; "all" is for every process."""
+    folder.mkdir(parents=True)
+    (folder / "sitecustomize.py").write_text(_SITE)
+    for module, text in patches.items():
+        (folder / f"{module}.patch").write_text(text)
+    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
+
+
+@contextlib.contextmanager
+def stage_of(folder: Path, **settings: str) -> Iterator[Stage]:
+    """Play on a stage of one's own."""
+    stage = Stage(folder, **{**PATIENT, **settings})
+    try:
+        yield stage
+    finally:
+        stage.close()
+
+
+def load(stage: Stage, *models: str) -> None:
+    """Load models from the stage's folder, each until it is ready."""
+    for model in models:
+        client = Client(Home(stage.lmx.home))
+        try:
+            request = control.LoadRequest(model, str(stage.folder))
+            result = next(m for m in client.ask(request, within_s=60) if isinstance(m, control.Result))
+        finally:
+            client.close()
+        assert result.exit_code == 0, (result, stage.lmx.tail())
+
+
+def ask(url: str, model: str = OTHER, text: str = "Hello there", **more: Any) -> Call:
+    """Send a request; streaming unless asked otherwise."""
+    headers = more.pop("headers", {})
+    return Call(url, chat(model, text=text, **{"max_tokens": 20, "stream": True, **more}), headers)
+
+
+def pids(lmx: Lmx) -> dict[str, int]:
+    """Return the process of each model."""
+    document = lmx.status()
+    assert document is not None
+    return {entry["id"]: int(entry["pid"] or 0) for entry in document["models"]}
+
+
+def gateway_of(lmx: Lmx) -> dict[str, Any]:
+    document = lmx.status()
+    assert document is not None
+    found: dict[str, Any] = document["gateway"]
+    return found
+
+
+def idle(lmx: Lmx, within_s: float = 10.0) -> None:
+    """Wait until no worker has a request: what its heartbeats say."""
+    lmx.wait_status(lambda doc: all(m["running"] == m["waiting"] == 0 for m in doc["models"]), within_s)
+
+
+def workers_of(lmx: Lmx, model: str) -> list[int]:
+    """Return the living worker processes of a model, known or not."""
+    return [p.pid for p in lmx.processes() if f"/{model}-" in " ".join(p.cmdline())]
+
+
+def events_since(lmx: Lmx, since: float, name: str = "", **fields: object) -> list[dict[str, Any]]:
+    return [
+        entry
+        for entry in lmx.journal()
+        if entry["ts"] >= since
+        and name in {"", entry["event"]}
+        and all(entry.get(key) == value for key, value in fields.items())
+    ]
+
+
+def event_since(lmx: Lmx, since: float, name: str, within_s: float = 20.0, **fields: object) -> dict[str, Any]:
+    for _ in deadline(within_s):
+        found = events_since(lmx, since, name, **fields)
+        if found:
+            return found[0]
+    raise AssertionError((name, fields, lmx.journal()[-10:], lmx.tail()))
+
+
+def answers(url: str, within_s: float = 20.0) -> float:
+    """Ask /healthz on a connection of its own; return how long the answer took. Being refused is a failure."""
+    address, asked = httpx.URL(url), time.monotonic()
+    with socket.create_connection((str(address.host), int(address.port or 0)), timeout=within_s) as raw:
+        raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert raw.recv(64).startswith(b"HTTP/1.1 200")
+    return time.monotonic() - asked
+
+
+# -- the rows -----------------------------------------------------------------------------------------------------
+
+GATEWAY_PATCH = """
+import gateway.models
+real = gateway.models.Models.__call__
+async def call(self, scope, receive, send):
+    if (b"x-boom", b"1") in scope["headers"]:
+        secret = "Canary-Marker-90210"
+        raise ValueError(secret)
+    await real(self, scope, receive, send)
+gateway.models.Models.__call__ = call
+"""
+
+
+@pytest.fixture(scope="module")
+def stage(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    site = tmp_path_factory.mktemp("site") / "site"
+    with stage_of(tiny_model, **patched(site, gateway=GATEWAY_PATCH)) as made:
+        load(made, "second")
+        yield made
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT])
+def test_row_37_gateway_killed_under_load(stage: Stage, figure: Figure, number: signal.Signals) -> None:
+    lmx, url = stage.lmx, stage.lmx.url
+    before, gateway = pids(lmx), gateway_of(lmx)
+    streams = [ask(url, model, "[[tokens 4000]]", max_tokens=4000) for model in (OTHER, "second") for _ in range(8)]
+    for stream in streams:
+        stream.wait_chunks(5)
+    killed_at = time.time()
+    os.kill(gateway["pid"], number)
+    waiting = [ask(url, model, max_tokens=3, stream=stream) for model in before for stream in (True, False)]
+    figure("row 37", f"port answers again after {number.name}", answers(url), target=1.0)
+    assert time.time() - killed_at < 4
+    for stream in streams:
+        stream.wait(10)
+        assert stream.broken, "a connection that broke does not look like an end"
+        assert stream.ends == 0
+    for call in waiting:
+        assert call.wait().whole, repr(call)
+    exited = event_since(lmx, killed_at, "process_exited", pid=gateway["pid"])
+    figure("row 37", f"death seen after {number.name}", exited["ts"] - killed_at, target=0.05)
+    assert exited["signal"] == number.name
+    idle(lmx)  # the workers have dropped what the dead gateway had asked for
+    assert pids(lmx) == before
+    assert gateway_of(lmx)["restarts"] == gateway["restarts"] + 1
+
+
+def test_row_38_gateway_stopped(stage: Stage, figure: Figure) -> None:
+    lmx, url = stage.lmx, stage.lmx.url
+    before, gateway = pids(lmx), gateway_of(lmx)
+    # Going on before its deadline it is not replaced, and whoever waited is answered.
+    stopped_at = time.time()
+    os.kill(gateway["pid"], signal.SIGSTOP)
+    waiting = ask(url)
+    event_since(lmx, stopped_at, "heartbeat_late", slot="gateway")
+    os.kill(gateway["pid"], signal.SIGCONT)
+    assert waiting.wait().whole
+    assert gateway_of(lmx)["pid"] == gateway["pid"]
+    # Stopped for good it is found, ended and replaced.
+    stream = ask(url, "second", "[[tokens 4000]]", max_tokens=4000).wait_chunks(5)
+    stopped_at = time.time()
+    os.kill(gateway["pid"], signal.SIGSTOP)
+    waiting = ask(url)
+    found = event_since(lmx, stopped_at, "hung", slot="gateway")
+    figure("row 38", "found stopped", found["ts"] - stopped_at, target=8.0)
+    took = answers(url) + time.time() - stopped_at - (time.time() - stopped_at)
+    back_after = time.time() - stopped_at
+    figure("row 38", "port answers again", back_after, target=8.5)
+    assert took < 20
+    assert found["ts"] - stopped_at < 8
+    assert back_after < 11
+    for call in (stream, waiting):
+        call.wait()
+        assert call.broken or call.whole, repr(call)
+    assert not stream.whole
+    after = gateway_of(lmx)
+    assert after["pid"] != gateway["pid"]
+    assert after["last_exit"]["class"] == "hang"
+    assert pids(lmx) == before
+    idle(lmx)
+    assert ask(url, "second").wait().whole
+
+
+def test_row_39_descriptors_exhausted_in_the_gateway(stage: Stage, figure: Figure) -> None:
+    lmx, url = stage.lmx, stage.lmx.url
+    address = (str(httpx.URL(url).host), int(httpx.URL(url).port or 0))
+    gateway = gateway_of(lmx)
+    process = psutil.Process(gateway["pid"])
+    spared = process.rlimit(psutil.RLIMIT_NOFILE)
+    with httpx.Client(base_url=url, timeout=20) as early, contextlib.ExitStack() as crowd:
+        assert early.get("/healthz").status_code == 200
+        idle(lmx)
+        process.rlimit(psutil.RLIMIT_NOFILE, (process.num_fds() + 12, spared[1]))
+        for _ in range(200):
+            crowd.enter_context(socket.create_connection(address, timeout=20))
+        for _ in deadline(10):
+            if process.num_fds() >= process.rlimit(psutil.RLIMIT_NOFILE)[0] - 1:
+                break
+        # Who was connected is served; a worker's death needs a new link, which cannot be had: no abort of libzmq.
+        assert early.get("/healthz").status_code == 200
+        body = chat(OTHER, max_tokens=3, stream=False)
+        assert early.post("/v1/chat/completions", json=body).status_code == 200
+        killed = lmx.model("second")
+        os.kill(killed["pid"], signal.SIGABRT)
+        lmx.wait_model("second", other_than=killed["incarnation"])
+        refused = early.post("/v1/chat/completions", json=chat("second", max_tokens=3, stream=False), timeout=40)
+        assert refused.status_code in {200, 429, 503}
+        before, since = process.cpu_times(), time.monotonic()
+        while time.monotonic() - since < 1.0:
+            assert early.get("/healthz").status_code == 200
+            time.sleep(0.05)
+        after = process.cpu_times()
+        share = (after.user + after.system - before.user - before.system) / (time.monotonic() - since)
+        figure("row 39", "processor share of a gateway without descriptors", share * 100, unit="%")
+        assert share < 0.5
+    answers(url)
+    for model in (OTHER, "second"):
+        assert ask(url, model).wait().whole
+    assert gateway_of(lmx)["pid"] == gateway["pid"]
+    process.rlimit(psutil.RLIMIT_NOFILE, spared)
+
+
+def test_row_39_descriptors_exhausted_in_a_worker(stage: Stage) -> None:
+    """libzmq aborts a process that binds and cannot accept: that process ends alone, and comes back."""
+    lmx, url = stage.lmx, stage.lmx.url
+    victim, gateway = lmx.model("second"), gateway_of(lmx)
+    (endpoint,) = (lmx.home / "run").glob(f"second-*.{victim['incarnation']}.sock")
+    process = psutil.Process(victim["pid"])
+    with Others(lmx), contextlib.ExitStack() as crowd:
+        process.rlimit(psutil.RLIMIT_NOFILE, (process.num_fds() + 2, process.num_fds() + 2))
+        for _ in range(20):
+            stranger = crowd.enter_context(socket.socket(socket.AF_UNIX))
+            stranger.setblocking(False)
+            with contextlib.suppress(OSError):
+                stranger.connect(str(endpoint))
+        call = ask(url, "second", headers=FAIL).wait()
+        assert call.ends == 1, repr(call)
+    lmx.wait_model("second")
+    for _ in deadline(10):
+        if ask(url, "second").wait().whole:
+            break
+    else:
+        raise AssertionError("the model does not serve again")
+    assert gateway_of(lmx)["pid"] == gateway["pid"]
+
+
+@pytest.mark.parametrize("spare", range(0, 10, 2))
+def test_row_39_descriptors_exhausted_in_the_supervisor(stage: Stage, spare: int) -> None:
+    """With so many descriptors left a worker dies: it cannot be started, or can in part; afterwards there is one."""
+    lmx = stage.lmx
+    assert lmx.process is not None
+    supervisor = psutil.Process(lmx.process.pid)
+    limits = supervisor.rlimit(psutil.RLIMIT_NOFILE)
+    victim, gateway = lmx.model("second"), gateway_of(lmx)
+    since = time.time()
+    with Others(lmx):
+        supervisor.rlimit(psutil.RLIMIT_NOFILE, (supervisor.num_fds() + spare, limits[1]))
+        try:
+            os.kill(victim["pid"], signal.SIGKILL)
+            event_since(lmx, since, "process_exited", pid=victim["pid"])
+            with contextlib.suppress(AssertionError):  # a start, or the refusal of one: neither is certain
+                event_since(lmx, since, "model_readiness_changed", 1.0, model="second", state="loading")
+        finally:
+            supervisor.rlimit(psutil.RLIMIT_NOFILE, limits)
+        lmx.wait_model("second", other_than=victim["incarnation"])
+        for _ in deadline(10):
+            if workers_of(lmx, "second") == [lmx.model("second")["pid"]]:
+                break
+        assert workers_of(lmx, "second") == [lmx.model("second")["pid"]]
+    assert supervisor.is_running()
+    assert ask(lmx.url, "second").wait().whole
+    assert gateway_of(lmx)["pid"] == gateway["pid"]
+
+
+def test_row_40_port_in_use_at_start(tiny_model: Path, figure: Figure) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        lmx = Lmx(LMX_WORKER__MODULE="tests.fault", LMX_GATEWAY__PORT=str(port))
+        try:
+            lmx.start(wait=False)
+            for _ in deadline(20):
+                if "cannot listen" in lmx.tail():
+                    break
+            assert f"127.0.0.1:{port}" in lmx.tail()
+            assert f"pid {os.getpid()}" in lmx.tail(), "it names who holds the port"
+            assert lmx.process is not None
+            process = psutil.Process(lmx.process.pid)
+            before = process.cpu_times()
+            time.sleep(1.0)  # the measurement itself
+            after = process.cpu_times()
+            share = after.user + after.system - before.user - before.system
+            figure("row 40", "processor share while it waits for the port", share * 100, target=5, unit="%")
+            assert share < 0.15
+            assert lmx.tail().count("cannot listen") == 1, "said once"
+            taken.close()
+            free_at = time.monotonic()
+            lmx.wait_status(lambda doc: doc["gateway"]["state"] == "ready", within_s=20)
+            figure("row 40", "serves after the port is free", time.monotonic() - free_at, target=2.0)
+            assert time.monotonic() - free_at < 5
+            answers(f"http://127.0.0.1:{port}")
+        finally:
+            lmx.close()
+
+
+def test_row_41_two_supervisors_and_two_gateways(stage: Stage) -> None:
+    lmx, url = stage.lmx, stage.lmx.url
+    before, gateway = pids(lmx), gateway_of(lmx)
+    assert lmx.process is not None
+    since = time.time()
+    with Others(lmx):
+        done = lmx.cli("run", check=False)
+        assert done.returncode == 1
+        assert f"pid {lmx.process.pid}" in done.stderr
+        # A second gateway, started by hand from the same spec file on a socket of its own.
+        (file,) = (lmx.home / "run").glob("gateway.*.json")
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            spec = read_spec(file, GatewaySpec)
+            mine = lmx.home / "run" / "by-hand.json"
+            changes = {name: getattr(spec, name) for name in spec.__struct_fields__}
+            write_spec(mine, GatewaySpec(**{**changes, "listen_fd": listener.fileno(), "log_file": ""}))
+            second = subprocess.Popen(
+                [sys.executable, "-m", "gateway", str(mine)],
+                cwd=ROOT, env=lmx.environ, pass_fds=[listener.fileno()],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            event_since(lmx, since, "stranger_dismissed", what="gateway", pid=second.pid)
+            second.wait(20)
+        mine.unlink()
+    assert (pids(lmx), gateway_of(lmx)["pid"], lmx.url) == (before, gateway["pid"], url)
+    assert ask(url).wait().whole
+
+
+def test_row_43_unhandled_exception_in_a_handler(stage: Stage) -> None:
+    lmx = stage.lmx
+    with Others(lmx):
+        for number in range(5):
+            headers = {"x-boom": "1", "x-request-id": f"boom-{number}"}
+            answer = httpx.get(f"{lmx.url}/v1/models", headers=headers)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"], error["request_id"]) == (500, "internal_error", f"boom-{number}")
+            assert answer.headers["x-request-id"] == f"boom-{number}"
+            assert "Marker" not in answer.text
+            assert "ValueError" not in answer.text
+        assert httpx.get(f"{lmx.url}/v1/models").status_code == 200
+    log = (lmx.home / "logs" / "gateway.log").read_text()
+    assert "boom-4" in log
+    assert "ValueError" in log
+    written = [file for file in lmx.home.rglob("*") if file.is_file()]
+    assert [file for file in written if b"Canary-Marker" in file.read_bytes()] == []
+
+
+@pytest.mark.parametrize(("text", "words"), [("[gateway]\n\nport = 'x'\n", "lmx.toml:3"), ("nonsense", "lmx.toml")])
+def test_row_44_configuration_error_at_start(stage: Stage, figure: Figure, text: str, words: str) -> None:
+    """The next supervisor refuses to start; gateway and workers go on and are adopted once it can."""
+    lmx = stage.lmx
+    before, gateway = pids(lmx), gateway_of(lmx)
+    with Others(lmx):
+        lmx.kill_supervisor()
+        (lmx.home / "lmx.toml").write_text(text)
+        began = time.monotonic()
+        done = lmx.cli("run", check=False)
+        figure("row 44", "refused with words", time.monotonic() - began, target=1.0)
+        assert time.monotonic() - began < 4
+        assert done.returncode == 5
+        assert words in done.stderr
+        (lmx.home / "lmx.toml").unlink()
+        lmx.start()
+        lmx.wait_status(lambda doc: [m["state"] for m in doc["models"]] == ["ready"] * len(before))
+    assert (pids(lmx), gateway_of(lmx)["pid"]) == (before, gateway["pid"])
