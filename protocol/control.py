@@ -181,6 +181,14 @@ class GatewayHeartbeat(Message, frozen=True, tag=25):
     sockets: int = 0
 
 
+class Casualties(Message, frozen=True, tag=26):
+    """A model's process ended while it had these requests (client-visible ids), for the crash record; at most 256."""
+
+    model: str
+    incarnation: int
+    requests: list[str]
+
+
 # -- command line to supervisor and back ------------------------------------------------------------------------
 
 
@@ -255,7 +263,7 @@ class Result(Message, frozen=True, tag=50):
 
 Hello = WorkerHello | GatewayHello | CliHello | SpareHello
 FromWorker = Loading | Ready | Heartbeat | Dying | Drained
-FromGateway = GatewayReady | GatewayHeartbeat | Drained
+FromGateway = GatewayReady | GatewayHeartbeat | Casualties | Drained
 FromCli = (
     StatusRequest
     | LoadRequest

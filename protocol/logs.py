@@ -115,7 +115,7 @@ def _json_line(record: "Record") -> str:
 
 def _terminal_line(record: "Record") -> str:
     extra = record["extra"]
-    fields = " ".join(f"{key}={_shown(value)}" for key, value in _fields(extra).items())
+    fields = " ".join(f"{key}={_shown(value)}" for key, value in _fields(extra).items() if value not in ("", None))
     extra[_TEXT] = f"{extra.get(_PROCESS, ''): <10} {record['message']} {fields}".rstrip()
     return f"<dim>{{time:HH:mm:ss.SSS}}</dim> <level>{{level: <7}}</level> {{extra[{_TEXT}]}}\n"
 

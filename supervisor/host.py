@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -35,6 +35,7 @@ from supervisor.spare import Spare
 
 GATEWAY: Final = "gateway"
 _MAX_SLEEP_S: Final = 1.0
+_MAX_CASUALTIES: Final = 256
 
 
 @dataclass(eq=False)
@@ -95,6 +96,9 @@ class Host:
         self.breaker = Breaker()
         self.crashes = CrashStore(home.crashes)
         self.report_folders = report_folders()
+        #: The newest crash record of each model, and what a gateway said of a crash before we saw it.
+        self._last_reports: dict[str, CrashRecord] = {}
+        self._casualties: dict[tuple[str, int], tuple[str, ...]] = {}
         self.spare = Spare(self.launcher, platform, journal, changed) if config.worker.spare else None
         #: Called before a model's process is started, so that a panic while it loads finds its name on disk.
         self.before_load: Callable[[str], None] = lambda _model: None
@@ -118,6 +122,7 @@ class Host:
         """Forget a stopped slot."""
         assert managed.child is None, "a slot with a process is not forgotten"
         self.slots.pop(managed.name, None)
+        self._last_reports.pop(managed.model, None)
         self._changed()
 
     def models(self) -> list[Managed]:
@@ -293,9 +298,25 @@ class Host:
         report = self._crash_record(managed, end, tail) if crash else None
         self.feed(managed, ev.Exited(end, self._luck()))
         if report is not None:  # after what has to be quick
-            self.crashes.write(report, stacks=stacks_in(tail))
+            self._report(report, stacks_in(tail))
         if not managed.model and managed.name != GATEWAY:
             self.remove(managed)  # a gateway that was replaced
+
+    def _report(self, report: CrashRecord, stacks: str) -> None:
+        early = self._casualties.pop((report.model, report.incarnation), ())
+        written = self.crashes.write(msgspec.structs.replace(report, requests=early), stacks=stacks)
+        if written is not None:
+            self._last_reports[report.model] = written
+
+    def name_casualties(self, model: str, incarnation: int, requests: Sequence[str]) -> None:
+        """Note in the crash record which requests a process had; the gateway may say so before or after its end."""
+        named = tuple(requests[:_MAX_CASUALTIES])
+        report = self._last_reports.get(model)
+        if report is not None and report.incarnation == incarnation:
+            self.crashes.rewrite(msgspec.structs.replace(report, requests=named))
+        elif self.find(model) is not None:
+            self._casualties = {key: value for key, value in self._casualties.items() if key[0] != model}
+            self._casualties[model, incarnation] = named
 
     def _jetsam(self, managed: Managed) -> bool:
         since = time.time() if managed.box is None else managed.box.since_unix

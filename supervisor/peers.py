@@ -118,6 +118,8 @@ class Peers:
                 feed(managed, ev.Beat(message.phase, message.step))
             case control.GatewayHeartbeat():
                 feed(managed, ev.Beat(Phase.IDLE, 0))
+            case control.Casualties(model, incarnation, requests):
+                self._host.name_casualties(model, incarnation, requests)
             case control.Dying(_, words):
                 managed.last_words = words
             case control.Drained():

@@ -53,9 +53,8 @@ class BatchBackend:
 
     def insert(self, job: Job) -> None:
         """Queue the job in the generator; it joins the batch at the next step that has room."""
-        (uid,) = self._generator.insert_segments(
-            [[job.prompt]], [job.max_tokens], samplers=[self._samplers.of(job.temperature, job.top_p, job.seed)]
-        )
+        sampler = self._samplers.of(job.temperature, job.top_p, job.seed, len(job.said))
+        (uid,) = self._generator.insert_segments([[job.prompt + job.said]], [job.max_tokens], samplers=[sampler])
         self._jobs[uid] = job.id
         self._uids[job.id] = uid
         self._before_first_token.add(uid)

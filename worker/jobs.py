@@ -16,7 +16,10 @@ from protocol.states import Phase, WorkerExit
 
 
 class Job(msgspec.Struct, frozen=True, gc=False):
-    """One generation as the engine sees it: tokens in, at most `max_tokens` out. `seed` None draws freely."""
+    """One generation as the engine sees it: tokens in, at most `max_tokens` out. `seed` None draws freely.
+
+    `said` are tokens of the answer that an earlier process generated; `max_tokens` come behind them.
+    """
 
     id: int
     prompt: list[int]
@@ -24,6 +27,7 @@ class Job(msgspec.Struct, frozen=True, gc=False):
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+    said: list[int] = []
 
 
 class Remove(msgspec.Struct, frozen=True, gc=False):

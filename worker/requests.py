@@ -108,6 +108,9 @@ class Book:
             self._refuse(gateway, submit.rid, error)
             event("request_refused", trace=submit.trace, rid=submit.rid, code=error.code)
             return
+        if request.answer.stopped or request.job.max_tokens < 1:
+            self._end_resumed(request)
+            return
         self._jobs[request.key] = request.job.id
         self._waiting[request.job.id] = request
         self._fill_slots(now)
@@ -202,14 +205,18 @@ class Book:
         prepared = self._prepare(submit)
         self._last_job += 1
         sampling = submit.sampling
+        said = submit.resume.token_ids if submit.resume is not None else []
+        for token in said:
+            prepared.answer.add(token)  # the client has this text
         return Request(
             job=Job(
                 id=self._last_job,
                 prompt=prepared.prompt,
-                max_tokens=prepared.max_tokens,
+                max_tokens=prepared.max_tokens - len(said),
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 seed=sampling.seed,
+                said=said,
             ),
             gateway=gateway,
             rid=submit.rid,
@@ -218,7 +225,18 @@ class Book:
             received_at=now,
             deadline_at=now + min(submit.deadline_s, _MAX_DEADLINE_S),
             slot_by=now + limits.slot_timeout_s,
+            completion_tokens=len(said),
         )
+
+    def _end_resumed(self, request: Request) -> None:
+        """Answer a request of which only the end had not reached the gateway."""
+        stopped = request.answer.stopped
+        usage = Usage(len(request.job.prompt), request.completion_tokens)
+        finish = Finish.STOP if stopped else Finish.LENGTH
+        text = "" if stopped else request.answer.finish()
+        self._send(request.gateway, Accepted(self._incarnation, request.rid, usage.prompt_tokens))
+        self._send(request.gateway, Step(self._incarnation, 0, [Delta(request.rid, text, [], finish, usage)]))
+        event("request_already_whole", trace=request.trace, rid=request.rid, completion_tokens=usage.completion_tokens)
 
     def _busy(self, why: str) -> LmxError:
         limits = self._limits
@@ -239,6 +257,7 @@ class Book:
                 trace=request.trace,
                 rid=request.rid,
                 prompt_tokens=prompt_tokens,
+                resumed_tokens=len(request.job.said),
                 max_tokens=request.job.max_tokens,
                 waited_ms=round((now - request.received_at) * 1000),
             )

@@ -49,21 +49,31 @@ def at_temperature(logprobs: Any, temperature: float, top_p: float) -> Any:
 
 
 class SeededSampler:
-    """Draws with a key of its own, advanced once per token, so that the same seed gives the same tokens in any batch.
+    """Draws each token with a key made of seed and position: the same seed gives the same tokens in any batch, and also
+    when another process has drawn the first `position` of them.
 
     It belongs to one request. mlx-lm calls it with one row at a time because no other row shares it.
     """
 
-    def __init__(self, temperature: float, top_p: float, seed: int) -> None:
+    def __init__(self, temperature: float, top_p: float, seed: int, position: int = 0) -> None:
         self._temperature = temperature
         self._top_p = top_p
-        self._key = mx.random.key(seed & _SEED_BITS)
+        self._seed = seed
+        self._position = position
 
     def __call__(self, logprobs: Any) -> Any:
         """Draw one token."""
-        pair = mx.random.split(self._key)
-        self._key = pair[0]
-        return mx.random.categorical(at_temperature(logprobs, self._temperature, self._top_p), key=pair[1])
+        self._position += 1
+        key = mx.random.key(_scramble(_scramble(self._seed) + self._position))
+        return mx.random.categorical(at_temperature(logprobs, self._temperature, self._top_p), key=key)
+
+
+def _scramble(number: int) -> int:
+    """Return 64 bits that differ in about half of them for two numbers that differ in one (splitmix64)."""
+    number = (number + 0x9E37_79B9_7F4A_7C15) & _SEED_BITS
+    number = ((number ^ (number >> 30)) * 0xBF58_476D_1CE4_E5B9) & _SEED_BITS
+    number = ((number ^ (number >> 27)) * 0x94D0_49BB_1331_11EB) & _SEED_BITS
+    return number ^ (number >> 31)
 
 
 def _free_sampler(temperature: float, top_p: float) -> Sampler:
@@ -79,12 +89,12 @@ class Samplers:
     def __init__(self) -> None:
         self._cache: OrderedDict[tuple[float, float], Sampler] = OrderedDict()
 
-    def of(self, temperature: float, top_p: float, seed: int | None) -> Sampler:
-        """Return the sampler for these parameters; at temperature 0 always the same greedy one."""
+    def of(self, temperature: float, top_p: float, seed: int | None, position: int = 0) -> Sampler:
+        """Return the sampler for these parameters, from a position on; at temperature 0 always the same greedy one."""
         if temperature < _GREEDY_BELOW:
             return greedy
         if seed is not None:
-            return SeededSampler(temperature, top_p, seed)
+            return SeededSampler(temperature, top_p, seed, position)
         key = (temperature, min(top_p, 1.0))
         sampler = self._cache.pop(key, None) or _free_sampler(*key)
         self._cache[key] = sampler

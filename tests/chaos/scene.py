@@ -154,7 +154,7 @@ class Call(threading.Thread):
 
     def __repr__(self) -> str:
         state = "open" if self.is_alive() else "ended"
-        return f"<{state} {self.status} {self.code} ends={self.ends} {self.broken} {self.text[:40]!r}… {self.body}>"
+        return f"<{state} {self.status} {self.code} ends={self.ends} {self.broken} {self.text[:40]!r}… {self.body['model']}>"
 
 
 class Others:

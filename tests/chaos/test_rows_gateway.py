@@ -206,10 +206,9 @@ def test_row_38_gateway_stopped(stage: Stage, figure: Figure) -> None:
     waiting = ask(url)
     found = event_since(lmx, stopped_at, "hung", slot="gateway")
     figure("row 38", "found stopped", found["ts"] - stopped_at, target=8.0)
-    took = answers(url) + time.time() - stopped_at - (time.time() - stopped_at)
+    answers(url)
     back_after = time.time() - stopped_at
     figure("row 38", "port answers again", back_after, target=8.5)
-    assert took < 20
     assert found["ts"] - stopped_at < 8
     assert back_after < 11
     for call in (stream, waiting):

@@ -12,6 +12,7 @@ import pytest
 from protocol.control import (
     Assign,
     Capabilities,
+    Casualties,
     Catalog,
     CatalogModel,
     CliHello,
@@ -191,6 +192,10 @@ GOLDEN: tuple[tuple[Any, str], ...] = (
     (
         ResumeRequest(),
         "9126",
+    ),
+    (
+        Casualties("org/tiny", 7, ["bot-1", "req_2"]),
+        "941aa86f72672f74696e790792a5626f742d31a57265715f32",
     ),
     (
         HandoverRequest(),

@@ -42,6 +42,8 @@ from protocol.states import ModelState
 ROOT = Path(__file__).parents[2]
 #: Nothing here takes a second; a machine that is busy may.
 PATIENCE_S = 20.0
+#: Whatever happens to a model, its requests are told at once.
+FAIL = GatewayConfig(on_crash="fail", hold_while_loading_s=0, hold_while_restarting_s=0)
 MessageT = TypeVar("MessageT")
 
 

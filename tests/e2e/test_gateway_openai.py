@@ -11,7 +11,7 @@ from openai.types.chat import ChatCompletionChunk
 
 from protocol.config import GatewayConfig
 from protocol.data import Finish, Refused, Submit
-from tests.e2e.gateway_harness import Stack, stack
+from tests.e2e.gateway_harness import FAIL, Stack, stack
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
@@ -89,7 +89,7 @@ async def test_models() -> None:
 
 
 async def test_errors_become_its_exceptions() -> None:
-    async with stack() as lmx, client_of(lmx) as client:
+    async with stack(FAIL) as lmx, client_of(lmx) as client:
         worker = await lmx.start_worker()
         with pytest.raises(openai.NotFoundError) as missing:
             await client.chat.completions.create(model="none", messages=HELLO)
@@ -117,7 +117,7 @@ async def test_errors_become_its_exceptions() -> None:
 
 
 async def test_a_broken_stream_raises() -> None:
-    async with stack() as lmx, client_of(lmx) as client:
+    async with stack(FAIL) as lmx, client_of(lmx) as client:
         worker = await lmx.start_worker()
         accepting = asyncio.create_task(worker.accept())
         stream = await client.chat.completions.create(model="tiny", messages=HELLO, stream=True)
@@ -137,7 +137,7 @@ async def test_a_broken_stream_raises() -> None:
 
 
 async def test_it_retries_a_crashed_worker_by_itself() -> None:
-    async with stack() as lmx:
+    async with stack(FAIL) as lmx:
         worker = await lmx.start_worker()
         client = openai.AsyncOpenAI(base_url=f"{lmx.gateway.url}/v1", api_key="unused", max_retries=2)
         async with client:

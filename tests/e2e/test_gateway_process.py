@@ -15,7 +15,7 @@ from protocol.config import LifecycleConfig
 from protocol.control import Drain, Drained, GatewayHeartbeat, GatewayHello, GatewayReady, Stop
 from protocol.data import Finish
 from protocol.states import ModelState, WorkerExit
-from tests.e2e.gateway_harness import PATIENCE_S, ROOT, chunks, error_code, stack, text_of, until
+from tests.e2e.gateway_harness import FAIL, PATIENCE_S, ROOT, chunks, error_code, stack, text_of, until
 
 
 async def test_it_introduces_itself_and_reports() -> None:
@@ -46,7 +46,7 @@ async def test_healthz_and_readyz() -> None:
 
 
 async def test_models_come_from_the_catalog_whatever_their_state() -> None:
-    async with stack() as lmx:
+    async with stack(FAIL) as lmx:
         worker = await lmx.start_worker("org/tiny")
         lmx.supervisor.publish(worker.catalog_model(id="big", state=ModelState.LOADING, capabilities=None))
         await lmx.state("big", ModelState.LOADING)

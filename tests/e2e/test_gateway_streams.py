@@ -15,6 +15,7 @@ from protocol.data import Accepted, Delta, Failed, Finish, Refused, Sampling, St
 from protocol.messages import encode
 from protocol.states import ModelState
 from tests.e2e.gateway_harness import (
+    FAIL,
     PATIENCE_S,
     FakeWorker,
     Stack,
@@ -109,7 +110,7 @@ async def test_refusals_are_clean_statuses(
 
 
 async def test_a_dying_worker_takes_down_its_own_requests_only() -> None:
-    async with stack() as lmx:
+    async with stack(FAIL) as lmx:
         sick, well = await lmx.start_worker("sick"), await lmx.start_worker("well")
         broken = [lmx.chat(model="sick", stream=True) for _ in range(4)]
         broken_rids = [(await sick.accept()).rid for _ in broken]
@@ -147,7 +148,7 @@ async def test_a_dying_worker_takes_down_its_own_requests_only() -> None:
 
 
 async def test_a_broken_stream_closes_its_connection() -> None:
-    async with stack() as lmx:
+    async with stack(FAIL) as lmx:
         worker = await lmx.start_worker()
         reader, writer = await asyncio.open_connection("127.0.0.1", lmx.gateway.port)
         body = msgspec.json.encode(chat_body(stream=True))
@@ -163,7 +164,7 @@ async def test_a_broken_stream_closes_its_connection() -> None:
 
 
 async def test_an_answer_that_fails_ends_typed() -> None:
-    async with stack() as lmx:
+    async with stack(FAIL) as lmx:
         worker = await lmx.start_worker()
         accepting = asyncio.create_task(worker.accept())
         async with lmx.client.stream("POST", "/v1/chat/completions", json=chat_body(stream=True)) as streaming:
@@ -184,7 +185,7 @@ async def test_an_answer_that_fails_ends_typed() -> None:
 
 
 async def test_a_replaced_incarnation_is_not_listened_to() -> None:
-    async with stack() as lmx:
+    async with stack(FAIL) as lmx:
         old = await lmx.start_worker()
         streaming = lmx.chat(stream=True)
         await old.accept()
@@ -351,7 +352,7 @@ async def test_a_worker_that_closed_one_connection_is_met_again() -> None:
 
 async def test_a_stopped_worker_does_not_stop_the_gateway() -> None:
     """A published endpoint that nobody binds, then one that is bound and never answers."""
-    async with stack() as lmx:
+    async with stack(FAIL) as lmx:
         ghost = FakeWorker(lmx.home, "ghost")
         ghost.die()
         lmx.supervisor.publish(ghost.catalog_model())
@@ -369,7 +370,7 @@ async def test_a_stopped_worker_does_not_stop_the_gateway() -> None:
 
 
 async def test_sixty_crashes_leak_nothing() -> None:
-    async with stack() as lmx:
+    async with stack(FAIL) as lmx:
         process = psutil.Process(lmx.gateway.process.pid)
         settled = 0
         for incarnation in range(1, 61):
