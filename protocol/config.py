@@ -65,7 +65,7 @@ class WorkerConfig(_Section, frozen=True):
 
     #: Python module that is started for each model with a spec file; another engine may be named here.
     module: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_.]*$")] = "worker"
-    #: Threads of the CPU matrix library; 0 leaves it to the library.
+    #: Threads of the CPU matrix library on Linux; 0 takes half the cores, which a busy machine thanks with speed.
     blas_threads: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
     #: Keep a process ready that has imported everything, for the next model to load: costs about 200 MB.
     spare: bool = False
@@ -88,6 +88,8 @@ class LifecycleConfig(_Section, frozen=True):
     gateway_hung_s: Seconds = 4.5
     prefill_s: Seconds = 60.0
     decode_s: Seconds = 30.0
+    #: A model that has been idle for so long generates a token, so that a broken one is found before it is needed.
+    canary_idle_s: Seconds = 60.0
     #: Lateness of the supervisor's own tick that means the machine slept.
     slept_s: Seconds = 3.0
     restart_delays_s: Delays = (0.0, 1.0, 2.0, 5.0, 15.0, 30.0, 60.0)

@@ -173,22 +173,33 @@ def resume(home: Home) -> None:
 @_reports
 def upgrade(home: Home) -> None:
     """Replace supervisor and gateway by the installed version in place; models and requests go on."""
+    before = _status_of(home)["gateway"]["incarnation"]
     _command(home, control.HandoverRequest())
-    pid = _wait_for_next(home)
+    pid = _wait_for_next(home, before)
     click.echo(f"supervisor and gateway replaced (pid {pid})")
 
 
-def _wait_for_next(home: Home) -> int:
-    """Return the supervisor's pid once its next image and the gateway that it started serve."""
+def _status_of(home: Home) -> dict[str, Any]:
+    client = Client(home)
+    try:
+        document: dict[str, Any] = json.loads(client.status())
+    finally:
+        client.close()
+    return document
+
+
+def _wait_for_next(home: Home, old_gateway: int) -> int:
+    """Return the supervisor's pid once its next image and a newer gateway than incarnation `old_gateway` serve."""
     end = time.monotonic() + _UPGRADE_S
     while time.monotonic() < end:
         try:
-            client = Client(home)
-            try:
-                document = json.loads(client.status())
-            finally:
-                client.close()
-            if document["supervisor"]["handed_over"] and document["gateway"]["state"] == "ready":
+            document = _status_of(home)
+            gateway = document["gateway"]
+            if (
+                document["supervisor"]["handed_over"]
+                and gateway["state"] == "ready"
+                and gateway["incarnation"] > old_gateway
+            ):
                 return int(document["supervisor"]["pid"])
         except UnreachableError:
             pass  # between the two images nobody listens

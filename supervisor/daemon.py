@@ -70,6 +70,7 @@ class Daemon:
         self._before = Runtime()
         self._started_at = time.time()
         self._recorded: tuple[ChildRecord, ...] = ()
+        self._recorded_states: tuple[tuple[str, ModelState], ...] = ()
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
         self._stop_reason = ""
@@ -255,7 +256,9 @@ class Daemon:
         if self._load_mark and not any(m.slot.coming_up for m in self._host.models()):
             self._load_mark = ""
             self._recorded = ()
-        if children != self._recorded and not self._host.holding:
+        states = tuple((m.model, m.slot.state) for m in self._host.models())
+        if (children, states) != (self._recorded, self._recorded_states) and not self._host.holding:
+            self._recorded_states = states
             self._save()
         self._tell_first(gateway is not None and gateway.slot.state is ModelState.READY)
 

@@ -104,7 +104,8 @@ class Launcher:
         temporary = self._home.run / "tmp"
         temporary.mkdir(mode=0o700, exist_ok=True)
         environ = {**self._environ(), "TMPDIR": str(temporary)}
-        return worker_environment(environ, self.preload, self._config.worker.blas_threads)
+        threads = self._config.worker.blas_threads or max(1, (os.cpu_count() or 2) // 2)
+        return worker_environment(environ, self.preload, threads)
 
     def _environ(self) -> dict[str, str]:
         return {**os.environ, "LMX_HOME": str(self._home.root)}

@@ -128,7 +128,8 @@ def status_document(
 
 
 def _model(managed: Managed, now: float) -> dict[str, Any]:
-    slot, beat = managed.slot, managed.heartbeat
+    slot = managed.slot
+    beat = managed.heartbeat if slot.pid else None
     return {
         "id": managed.model,
         "state": slot.state.value,

@@ -20,12 +20,24 @@ class Engine:
     """
 
     def __init__(
-        self, backend: Backend, commands: "SimpleQueue[Command]", emit: Callable[[Event], None], status: Status
+        self,
+        backend: Backend,
+        commands: "SimpleQueue[Command]",
+        emit: Callable[[Event], None],
+        status: Status,
+        *,
+        canary: Callable[[], None] = lambda: None,
+        canary_idle_s: float = float("inf"),
     ) -> None:
         self._backend = backend
         self._commands = commands
         self._emit = emit
         self._status = status
+        #: Generates one token; run whenever the engine has been idle for so long, to learn of a dead GPU before a
+        #: client does.
+        self._canary = canary
+        self._canary_idle_s = canary_idle_s
+        self._canary_at = monotonic() + canary_idle_s
 
     def run(self) -> End:
         """Serve until told to end."""
@@ -35,6 +47,8 @@ class Engine:
                 return end
             if len(self._backend):
                 self._step()
+            elif monotonic() >= self._canary_at:
+                self._run_canary()
 
     def _obey(self) -> End | None:
         """Apply all commands that are there; without work, wait for one."""
@@ -55,7 +69,7 @@ class Engine:
         if len(self._backend):
             return self._commands.get_nowait()
         self._status.phase = Phase.IDLE
-        command = self._commands.get(timeout=_IDLE_WAIT_S)
+        command = self._commands.get(timeout=min(_IDLE_WAIT_S, max(0.0, self._canary_at - monotonic())))
         # Before the phase changes: a heartbeat in between must not show a busy engine with the age of its idling.
         self._status.step_at = monotonic()
         return command
@@ -66,5 +80,16 @@ class Engine:
         tokens = self._backend.step()
         status.step += 1
         status.step_at = monotonic()
+        self._canary_at = status.step_at + self._canary_idle_s
         if tokens:
             self._emit(Stepped(status.step, tokens))
+
+    def _run_canary(self) -> None:
+        """Generate a token for nobody. Shown as decoding, so that one that never comes is found like any other hang."""
+        status = self._status
+        status.step_at = monotonic()
+        status.phase = Phase.DECODE
+        self._canary()
+        status.step += 1
+        status.step_at = monotonic()
+        self._canary_at = status.step_at + self._canary_idle_s

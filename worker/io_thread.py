@@ -21,11 +21,12 @@ from protocol.logs import event
 from protocol.spec import WorkerSpec
 from protocol.states import WorkerExit
 from worker.control import ControlClient
+from worker.entry import Limits
 from worker.inbound import Inbound
 from worker.jobs import Command, End, Event, Finished, LoadProgress, Serving, Status, Stepped, Warming
 from worker.link import RETRY_S, DataLink
 from worker.report import Report
-from worker.requests import NEVER, Book, Limits
+from worker.requests import NEVER, Book
 
 _FLUSH_S: Final = 1.0
 _BIND_WAIT_S: Final = 10.0

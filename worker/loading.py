@@ -54,18 +54,29 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
             has_chat_template=prompts.has_chat_template,
         ),
         prepare=prompts.prepare,
-        canary=lambda: run_canary(backend, len(tokenizer)),
+        canary=Canary(backend, len(tokenizer)),
         memory=lambda: (mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory()),
     )
 
 
-def run_canary(backend: "BatchBackend", vocabulary: int) -> None:
-    """Generate a token from a short prompt: prefill and decode once, compiling what the model compiles."""
-    prompt = [number % vocabulary for number in range(_CANARY_TOKENS)]
-    tokens = backend.generate(prompt, max_tokens=1)
-    if len(tokens) != 1 or tokens[0] < 0:
-        msg = "the canary gave no token"
-        raise RuntimeError(msg)
+class Canary:
+    """Generates a token from a short prompt: prefill and decode once. The first time that compiles what is compiled."""
+
+    def __init__(self, backend: "BatchBackend", vocabulary: int) -> None:
+        self._backend = backend
+        self._prompt = [number % vocabulary for number in range(_CANARY_TOKENS)]
+        self._first: list[int] | None = None
+
+    def __call__(self) -> None:
+        """Raise unless the token is a token, and the one of the first time: weights and GPU do not change."""
+        tokens = self._backend.generate(self._prompt, max_tokens=1)
+        if len(tokens) != 1 or tokens[0] < 0:
+            msg = "the canary gave no token"
+            raise RuntimeError(msg)
+        if self._first is None:
+            self._first = tokens
+        elif tokens != self._first:
+            raise FatalError(WorkerExit.BUG, "canary_mismatch: the model does not give the token it gave when loaded")
 
 
 def _inspect(path: Path) -> ModelFolder:

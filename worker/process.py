@@ -93,7 +93,14 @@ def _serve(
         doing = "serving"
         status.phase = Phase.IDLE
         io.emit(Serving(loaded, monotonic() - started))
-        end = Engine(loaded.backend, commands, io.emit, status).run()
+        end = Engine(
+            loaded.backend,
+            commands,
+            io.emit,
+            status,
+            canary=loaded.canary,
+            canary_idle_s=spec.lifecycle.canary_idle_s,
+        ).run()
     except FatalError as error:
         return error.code, error.message
     except Exception as error:  # noqa: BLE001 - the boundary of the main thread: log, tell, end
@@ -128,7 +135,7 @@ def _arrange_process(wake_fd: int) -> None:
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     # The C++ compiler that mx.compile starts must not get our matrix library.
     os.environ.pop("LD_PRELOAD", None)
-    # Under suspicion of hanging the GPU (facts.md).
+    # Under suspicion of hanging the GPU by several reports.
     os.environ.pop("MLX_METAL_FAST_SYNCH", None)
     # A model is a folder: nothing here may ask a network for anything.
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")

@@ -30,7 +30,9 @@ class PromptMaker:
         self._max_model_len = max_model_len
         self._special = eos | _special_ids(tokenizer)
         self._decode = _fast_decode(tokenizer)
-        self._longest_token = max((len(token) for token in tokenizer.get_vocab()), default=1)
+        vocabulary = tokenizer.get_vocab()
+        self._longest_token = max((len(token) for token in vocabulary), default=1)
+        self._last_token = max(vocabulary.values(), default=0)
         template = getattr(tokenizer, "chat_template", None)
         self._knows_developer = "developer" in str(template)
 
@@ -60,6 +62,9 @@ class PromptMaker:
         self._check_fits(len(prompt), str(len(prompt)))
         room = self._max_model_len - len(prompt)
         limit = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
+        if submit.resume is not None and not 0 <= max(submit.resume.token_ids, default=0) <= self._last_token:
+            # An id past the end would be read from memory that is not ours.
+            raise LmxError("internal_error", "The answer was begun by another model and cannot be continued")
         answer = AnswerText(TokenText(self._decode, self._special), StopStrings(stops))
         return Prepared(prompt=prompt, max_tokens=limit, answer=answer)
 

@@ -7,45 +7,15 @@ sockets or MLX. A request is `waiting` (in our own queue) or `running` (handed t
 from collections.abc import Callable, Iterable
 from typing import Final
 
-import msgspec
-
 from protocol.data import Abort, Accepted, Delta, Failed, Finish, Refused, Step, Submit, Usage
 from protocol.errors import ERRORS, LmxError
 from protocol.logs import event, exception_event
-from worker.jobs import AT_LENGTH, AT_STOP, GOES_ON, Answer, Command, Job, Prepared, Remove, Stepped
+from worker.entry import Limits, Request, enter
+from worker.jobs import AT_LENGTH, AT_STOP, GOES_ON, Command, Prepared, Remove, Stepped
 
 Reply = Accepted | Step | Refused | Failed
 
-#: A deadline further away than this is this.
-_MAX_DEADLINE_S: Final = 86_400.0
 NEVER: Final = float("inf")
-
-
-class Limits(msgspec.Struct, frozen=True):
-    """How much at once. `slot_timeout_s` is the longest wait for a slot, in seconds."""
-
-    slots: int
-    queue_depth: int
-    slot_timeout_s: float
-
-
-class Request(msgspec.Struct):
-    """One request in the book. Times are of the caller's monotonic clock."""
-
-    job: Job
-    gateway: bytes
-    rid: int
-    trace: str
-    answer: Answer
-    received_at: float
-    deadline_at: float
-    slot_by: float
-    completion_tokens: int = 0
-
-    @property
-    def key(self) -> tuple[bytes, int]:
-        """Rids are unique per gateway only."""
-        return self.gateway, self.rid
 
 
 class Book:
@@ -108,7 +78,7 @@ class Book:
             self._refuse(gateway, submit.rid, error)
             event("request_refused", trace=submit.trace, rid=submit.rid, code=error.code)
             return
-        if request.answer.stopped or request.job.max_tokens < 1:
+        if request.whole:
             self._end_resumed(request)
             return
         self._jobs[request.key] = request.job.id
@@ -202,31 +172,8 @@ class Book:
         if len(self._running) >= limits.slots and len(self._waiting) >= limits.queue_depth:
             # Before tokenizing: under a flood the cheapest answer is the one that has to be given most often.
             raise self._busy("the queue is full")
-        prepared = self._prepare(submit)
         self._last_job += 1
-        sampling = submit.sampling
-        said = submit.resume.token_ids if submit.resume is not None else []
-        for token in said:
-            prepared.answer.add(token)  # the client has this text
-        return Request(
-            job=Job(
-                id=self._last_job,
-                prompt=prepared.prompt,
-                max_tokens=prepared.max_tokens - len(said),
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                seed=sampling.seed,
-                said=said,
-            ),
-            gateway=gateway,
-            rid=submit.rid,
-            trace=submit.trace,
-            answer=prepared.answer,
-            received_at=now,
-            deadline_at=now + min(submit.deadline_s, _MAX_DEADLINE_S),
-            slot_by=now + limits.slot_timeout_s,
-            completion_tokens=len(said),
-        )
+        return enter(self._last_job, gateway, submit, self._prepare(submit), now, limits)
 
     def _end_resumed(self, request: Request) -> None:
         """Answer a request of which only the end had not reached the gateway."""

@@ -9,11 +9,14 @@ from pathlib import Path
 Figure = Callable[..., None]
 
 
-def record(row: str, name: str, value: float, *, target: float | None = None, unit: str = "s") -> None:
-    """Append one figure, if a run collects them."""
+def record(
+    row: str, name: str, value: float, *, target: float | None = None, unit: str = "s", least: bool = False
+) -> None:
+    """Append one figure, if a run collects them. `least`: the target is a least value, not a largest."""
     file = os.environ.get("LMX_FIGURES")
     if not file:
         return
-    line = json.dumps({"row": row, "name": name, "value": round(value, 4), "target": target, "unit": unit})
+    fields = {"row": row, "name": name, "value": round(value, 4), "target": target, "unit": unit, "least": least}
+    line = json.dumps(fields)
     with Path(file).open("a", encoding="utf-8") as stream:
         stream.write(line + "\n")

@@ -153,8 +153,8 @@ class Call(threading.Thread):
             self.usage = document["usage"]
 
     def __repr__(self) -> str:
-        state = "open" if self.is_alive() else "ended"
-        return f"<{state} {self.status} {self.code} ends={self.ends} {self.broken} {self.text[:40]!r}… {self.body['model']}>"
+        state, model = "open" if self.is_alive() else "ended", self.body["model"]
+        return f"<{state} {model} {self.status} {self.code} ends={self.ends} {self.broken} {self.text[:40]!r}>"
 
 
 class Others:

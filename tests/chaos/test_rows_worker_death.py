@@ -3,20 +3,27 @@
 import itertools
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
 from protocol.config import LifecycleConfig
+from protocol.paths import Home
+from supervisor.adoption import living
 from supervisor.exits import classify
+from supervisor.platform import current_platform
 from supervisor.platform.reports import jetsam_pids
 from supervisor.restarts import History, after_failure, worker_policy
+from supervisor.store import Store
 from tests.chaos.figures import Figure
-from tests.chaos.scene import Stage, counted
-from tests.harness import deadline
+from tests.chaos.scene import OTHER, Others, Stage, counted
+from tests.harness import Lmx, deadline
 
 CORPUS = Path(__file__).resolve().parents[1] / "corpus" / "crashes"
 
@@ -63,7 +70,7 @@ def test_row_06_and_08_crash_before_ready(stage: Stage, figure: Figure, row: str
         assert "3 times in a row" in scene.lmx.model(row)["reason"]
         crash = scene.crash(scene.lmx.model(row)["incarnation"])
         assert crash["signal"] == "SIGABRT"
-        assert crash["phase"] == ("loading" if at == "import" else "warming")
+        assert crash["phase"] == ("starting" if at == "import" else "warming")
 
 
 def test_row_07_crash_while_loading_weights(stage: Stage, figure: Figure) -> None:
@@ -229,3 +236,36 @@ def test_row_35_four_workers_die_at_once(new_stage: Callable[..., Stage], figure
         figure("row 35", "starts while it is open (4 s, one each 2 s)", len(early), target=2, unit="")
         for name in names:
             assert scene.ask(model=name, max_tokens=3).wait().text == counted(3)
+
+
+def test_row_33_pid_reused(stage: Stage) -> None:
+    """A record of a worker whose pid belongs to somebody else by now: nobody signals the stranger."""
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    lmx = Lmx(LMX_WORKER__MODULE="tests.fault", LMX_LIFECYCLE__STOP_MIN_S="0.2")
+    try:
+        lmx.start()
+        lmx.load(stage.folder, "one")
+        lmx.load(stage.folder, OTHER)
+        with Others(lmx):
+            worker = lmx.model("one")["pid"]
+            lmx.kill_supervisor()
+            os.kill(worker, signal.SIGKILL)
+            store = Store(Home(lmx.home), current_platform())
+            _, runtime = store.load()
+            reused = [
+                msgspec.structs.replace(child, pid=stranger.pid) if child.model == "one" else child
+                for child in runtime.children
+            ]
+            assert stranger.pid in {child.pid for child in reused}
+            store.save_runtime(msgspec.structs.replace(runtime, children=tuple(reused)))
+            assert [child.model for child in living(store.load()[1], current_platform())] == ["", OTHER]
+            lmx.start()
+            assert lmx.wait_model("one") != stranger.pid
+        assert stranger.poll() is None
+        assert [e for e in lmx.journal() if e["event"] == "process_adopted" and e["pid"] == stranger.pid] == []
+    finally:
+        lmx.close()
+        alive = stranger.poll() is None
+        stranger.kill()
+        stranger.wait()
+    assert alive

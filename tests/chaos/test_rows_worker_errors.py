@@ -2,12 +2,16 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.chaos.figures import Figure
-from tests.chaos.scene import FAIL, Scene, Stage, Victim
+from tests.chaos.scene import FAIL, Scene, Stage, Victim, counted
 from tests.harness import deadline
+from worker.failures import FatalError
+from worker.loading import Canary
 
 METAL = "[METAL] Command buffer execution failed: "
 OOM = METAL + "Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)"
@@ -18,13 +22,17 @@ IGNORED = (
     + "Ignored (for causing prior/excessive GPU errors) (00000004:kIOGPUCommandBufferCallbackErrorSubmissionsIgnored)"
 )
 VICTIM = METAL + "Discarded (victim of GPU error/recovery) (00000005:kIOGPUCommandBufferCallbackErrorInnocentVictim)"
+CANARY_S = 1.0
 LIMIT = "[metal::malloc] Resource limit (499000) exceeded."
 
 
 @pytest.fixture(scope="module")
 def stage(new_stage: Callable[..., Stage]) -> Stage:
     return new_stage(
-        LMX_LIFECYCLE__BURST_FAILURES="9", LMX_LIFECYCLE__DEGRADED_FROM_TRY="9", LMX_LIFECYCLE__HEARTBEAT_S="0.1"
+        LMX_LIFECYCLE__BURST_FAILURES="9",
+        LMX_LIFECYCLE__DEGRADED_FROM_TRY="9",
+        LMX_LIFECYCLE__HEARTBEAT_S="0.1",
+        LMX_LIFECYCLE__CANARY_IDLE_S=str(CANARY_S),
     )
 
 
@@ -92,6 +100,27 @@ def test_row_16_victim_of_another_process(stage: Stage, figure: Figure) -> None:
         assert not [e for e in scene.events("model_readiness_changed") if e["state"] == "quarantined"]
 
 
+def test_row_18_silent_wrong_output(stage: Stage, figure: Figure, tmp_path: Path) -> None:
+    """A backend whose output is all zeros says nothing; the canary of an idle model finds it."""
+    tokens = iter([[5], [5], [0]])
+    canary = Canary(SimpleNamespace(generate=lambda _prompt, max_tokens: next(tokens)), 100)  # type: ignore[arg-type]
+    canary()
+    canary()
+    with pytest.raises(FatalError) as caught:
+        canary()
+    with stage.scene("row-18") as scene:
+        once = str(tmp_path / "once")
+        code, words = caught.value.code, caught.value.message
+        victim = scene.loaded(at="idle", deed="exit", exit_code=int(code), words=words, once=once)
+        ready = scene.event("model_readiness_changed", state="ready")
+        exited = scene.exited(victim)
+        figure("row 18", "found after ready, a canary each second", exited["seen_at"] - ready["ts"], target=2)
+        assert exited["seen_at"] - ready["ts"] < CANARY_S + 2
+        assert exited["exit_class"] == "canary_mismatch"
+        scene.ready_after(victim)
+        scene.serves()
+
+
 def test_row_19_thread_dies_and_the_process_lives(stage: Stage, figure: Figure) -> None:
     with stage.scene("row-19") as scene:
         victim = scene.loaded()
@@ -111,3 +140,30 @@ def test_row_19_thread_dies_and_the_process_lives(stage: Stage, figure: Figure) 
             assert call.wait().code == "worker_crashed"
         scene.ready_after(victim)
         scene.serves()
+
+
+def test_row_36_query_of_death(stage: Stage, figure: Figure) -> None:
+    """One request ends its model's process whenever it runs; those beside it are innocent."""
+    with stage.scene("row-36") as scene:
+        scene.loaded(tokens_per_s=100.0)
+        innocents = [scene.ask(f"[[tokens {100 + number}]]", max_tokens=1000) for number in range(4)]
+        for call in innocents:
+            call.wait_chunks(5)
+        culprit = scene.ask("[[abort 3]]", stream_options={"include_usage": True})
+        for number, call in enumerate(innocents):
+            assert call.wait().whole, repr(call)
+            assert call.text == counted(100 + number)
+        culprit.wait()
+        assert culprit.code in {"request_quarantined", "worker_crashed"}
+        crashes = [e for e in scene.events("process_exited") if e["model"] == "row-36" and e["signal"] == "SIGABRT"]
+        figure("row 36", "crashes of one digest", len(crashes), target=2, unit="")
+        assert len(crashes) == 2
+        for _ in range(3):
+            again = scene.ask("[[abort 3]]").wait()
+            assert (again.status, again.code) == (422, "request_quarantined")
+        assert not scene.ask("[[abort 4]]", max_tokens=3).wait().error, "another request, and it ends before its fault"
+        log = (scene.lmx.home / "logs" / "gateway.log").read_text().splitlines()
+        named = [line for line in map(json.loads, log) if line["event"] == "request_quarantined"]
+        assert [len(line["digest"]) for line in named] == [8]
+        scene.serves()
+        assert scene.attempts() == 3

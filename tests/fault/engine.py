@@ -52,10 +52,11 @@ class CountingBackend:
         for number, (job, done) in list(self._jobs.items()):
             self._maybe_fail(job, max(0, done))
             if done < 0:
-                self._jobs[number] = (job, 0)
+                self._jobs[number] = (job, len(job.said))
                 continue
             self._total += 1
-            end = AT_LENGTH if done + 1 == job.max_tokens else AT_STOP if done == self._answer_tokens(job) else GOES_ON
+            full = done + 1 - len(job.said) == job.max_tokens
+            end = AT_LENGTH if full else AT_STOP if done == self._answer_tokens(job) else GOES_ON
             tokens.append((number, done, end))
             if end == GOES_ON:
                 self._jobs[number] = (job, done + 1)
@@ -114,7 +115,15 @@ def load(spec: WorkerSpec, report: Callable[[int, int, str], None]) -> Loaded:
         if plan.at == "loading" and step * 2 >= plan.load_steps:
             commit(plan.deed, plan)
 
+    passed = False
+
     def canary() -> None:
+        nonlocal passed
+        if passed:  # one of an idle worker
+            if plan.at == "idle":
+                commit(plan.deed, plan)
+            return
+        passed = True
         if plan.at == "warming":
             time.sleep(0.1)  # so that the supervisor has heard of it
             commit(plan.deed, plan)

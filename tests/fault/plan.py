@@ -19,7 +19,7 @@ from worker.failures import FatalError
 VARIABLE = "LMX_FAULT"
 _MARKER = re.compile(r"\[\[(\w+)((?: \d+)*)\]\]")
 
-Moment = Literal["", "import", "hello", "loading", "warming"]
+Moment = Literal["", "import", "hello", "loading", "warming", "idle"]
 Deed = Literal["abort", "segv", "kill", "exit", "raise", "freeze", "seize", "leak", "fork"]
 
 
@@ -35,9 +35,10 @@ class FaultPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     #: What happens …
     deed: Deed = "abort"
     exit_code: int = 70
-    #: What "raise" says.
-    words: str = "[METAL] Command buffer execution failed: made up by the fault worker"
-    #: … before anything is imported, before the hello, in the middle of loading, or in warming,
+    #: What "raise" and "exit" say, if not that it was made up.
+    words: str = ""
+    #: … before anything is imported, before the hello, in the middle of loading, in warming, or in a canary
+    #: of an idle worker,
     at: Moment = ""
     #: … or when this many tokens were generated in all,
     after_tokens: int = 0
@@ -97,9 +98,9 @@ def commit(deed: str, plan: FaultPlan, exit_code: int | None = None) -> None:
         time.sleep(60)  # the signal is on its way
     elif deed == "exit":
         code = plan.exit_code if exit_code is None else exit_code
-        raise FatalError(WorkerExit(code), "made up by the fault worker")
+        raise FatalError(WorkerExit(code), plan.words or "made up by the fault worker")
     elif deed == "raise":
-        raise RuntimeError(plan.words)
+        raise RuntimeError(plan.words or "[METAL] Command buffer execution failed: made up by the fault worker")
     elif deed == "freeze":
         time.sleep(3600)
     elif deed == "seize":

@@ -22,10 +22,11 @@ from protocol.data import (
 from protocol.errors import LmxError
 from protocol.states import WorkerExit
 from worker.detok import AnswerText, StopStrings, TokenText
+from worker.entry import Limits
 from worker.failures import classify, describe
 from worker.jobs import AT_LENGTH, AT_STOP, GOES_ON, Job, Prepared, Remove, Stepped
 from worker.outbox import MAX_UNSENT_BYTES, MAX_UNSENT_MESSAGES, Outbox, OutboxFullError
-from worker.requests import NEVER, Book, Limits
+from worker.requests import NEVER, Book
 
 INCARNATION = 7
 GATEWAY = b"gw"

@@ -1,0 +1,71 @@
+"""One request in the book, and how it is made of what a gateway sent."""
+
+from typing import Final
+
+import msgspec
+
+from protocol.data import Submit
+from worker.jobs import Answer, Job, Prepared
+
+#: A deadline further away than this is this.
+_MAX_DEADLINE_S: Final = 86_400.0
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """How much at once. `slot_timeout_s` is the longest wait for a slot, in seconds."""
+
+    slots: int
+    queue_depth: int
+    slot_timeout_s: float
+
+
+class Request(msgspec.Struct):
+    """One request in the book. Times are of the caller's monotonic clock."""
+
+    job: Job
+    gateway: bytes
+    rid: int
+    trace: str
+    answer: Answer
+    received_at: float
+    deadline_at: float
+    slot_by: float
+    #: Of the whole answer, also those that an earlier process generated.
+    completion_tokens: int = 0
+
+    @property
+    def key(self) -> tuple[bytes, int]:
+        """Rids are unique per gateway only."""
+        return self.gateway, self.rid
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is left to generate: of a resumed answer only the end had not reached the gateway."""
+        return self.answer.stopped or self.job.max_tokens < 1
+
+
+def enter(job: int, gateway: bytes, submit: Submit, prepared: Prepared, now: float, limits: Limits) -> Request:
+    """Return the request. What an earlier process said of it is put through its answer, and is not said again."""
+    said = submit.resume.token_ids if submit.resume is not None else []
+    for token in said:
+        prepared.answer.add(token)
+    sampling = submit.sampling
+    return Request(
+        job=Job(
+            id=job,
+            prompt=prepared.prompt,
+            max_tokens=prepared.max_tokens - len(said),
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            said=said,
+        ),
+        gateway=gateway,
+        rid=submit.rid,
+        trace=submit.trace,
+        answer=prepared.answer,
+        received_at=now,
+        deadline_at=now + min(submit.deadline_s, _MAX_DEADLINE_S),
+        slot_by=now + limits.slot_timeout_s,
+        completion_tokens=len(said),
+    )
