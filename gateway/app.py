@@ -31,7 +31,11 @@ def build_app(config: GatewayConfig, catalog: CatalogView, pool: WorkerPool, tra
             Route("/readyz", Readyz(catalog, traffic), methods=["GET"]),
         ],
         # The first is the outermost. `add_middleware` would insert in front.
-        middleware=[Middleware(RequestIdMiddleware), Middleware(PathMiddleware), Middleware(ErrorBoundary)],
+        middleware=[
+            Middleware(RequestIdMiddleware, traffic=traffic),
+            Middleware(PathMiddleware),
+            Middleware(ErrorBoundary),
+        ],
         exception_handlers={HTTPException: _routing_error},
     )
     app.router.redirect_slashes = False

@@ -90,7 +90,11 @@ class ChatCompletions:
         timer = asyncio.get_running_loop().call_later(deadline_at - time.monotonic(), request.fail, late)
         watcher = asyncio.create_task(_watch(receive, request))
         try:
-            desk.enter(request)
+            try:
+                desk.enter(request)
+            except LmxError as error:
+                request.fail(error)
+                raise
             yield request
         finally:
             timer.cancel()

@@ -67,8 +67,8 @@ class Orders(Protocol):
     def new_catalog(self, catalog: Catalog) -> None:
         """Serve these models from now on."""
 
-    def drain(self, grace_s: float) -> None:
-        """Take no more requests; `ControlClient.drained` is to be called when none is left."""
+    def drain(self, grace_s: float, *, hand_over: bool) -> None:
+        """Take no more requests, or only no more connections; `ControlClient.drained` is to be called when none is left."""
 
     def stop(self, reason: str) -> None:
         """End now."""
@@ -154,8 +154,8 @@ class ControlClient:
                         channel.send(encode(GatewayReady()))
                         if self._drained:
                             channel.send(encode(Drained()))
-                case Drain(grace_s=grace_s):
-                    self._orders.drain(grace_s)
+                case Drain(grace_s=grace_s, hand_over=hand_over):
+                    self._orders.drain(grace_s, hand_over=hand_over)
                 case Stop(reason=reason):
                     self._orders.stop(reason)
                 case Ping() | Welcome():

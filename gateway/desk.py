@@ -143,7 +143,7 @@ class Desk:
         for request in requests:
             self._probation.interrupt(request.rid)
             gone = LmxError("worker_crashed", ENDED_WORDS)
-            if request.rid not in suspects:
+            if request.rid not in suspects or not request.continues:
                 self._interrupt(request, gone)
             elif self._quarantine.refuses(request.digest, self._loop.time()):
                 request.fail(self._quarantine.refusal())

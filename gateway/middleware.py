@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.context import ClientGoneError, RequestContext, attach, connection_of, context_of, header
 from gateway.errors import send_error
+from gateway.traffic import Traffic
 from protocol.errors import LmxError
 from protocol.logs import event, exception_event
 
@@ -23,8 +24,9 @@ _CLIENT_GONE_STATUS: Final = 499
 class RequestIdMiddleware:
     """Outermost: gives each request an id, puts it on every response and logs one `http_request` line."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, traffic: Traffic) -> None:
         self._app = app
+        self._traffic = traffic
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI scope."""
@@ -39,6 +41,8 @@ class RequestIdMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if self._traffic.closing:
+                    context.headers.append((b"connection", b"close"))
                 message["headers"] = [
                     *message["headers"],
                     *context.headers,

@@ -172,6 +172,11 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         self._on_started()
 
+    def stop_accepting(self) -> None:
+        """Close the listening socket in this process; open connections go on."""
+        for server in self.servers:
+            server.close()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Capture none."""

@@ -1,6 +1,7 @@
 """The life of a gateway process: what it consists of, how it drains, with which code it exits."""
 
 import asyncio
+import os
 import signal
 import socket
 from pathlib import Path
@@ -42,7 +43,8 @@ class Service:
         self._control = ControlClient(
             path=Path(spec.control_socket),
             incarnation=spec.incarnation,
-            listen_fd=listener.fileno(),
+            # One of our own: the server closes its when it stops to accept, and the next supervisor may want it still.
+            listen_fd=os.dup(listener.fileno()),
             heartbeat_s=lifecycle.heartbeat_s,
             lease=self._lease,
             orders=self,
@@ -81,9 +83,18 @@ class Service:
         self._catalog.replace(catalog)
         self._pool.apply(catalog)
 
-    def drain(self, grace_s: float) -> None:
-        """Take no more requests and say when none is left; then wait to be stopped."""
-        self._start_drain(grace_s, None)
+    def drain(self, grace_s: float, *, hand_over: bool) -> None:
+        """Take no more requests and say when none is left; then wait to be stopped.
+
+        In a hand-over new connections are the next gateway's; what comes on those that are open is still answered.
+        """
+        if hand_over:
+            event("gateway_handing_over", grace_s=grace_s, running=self._traffic.running)
+            self._server.stop_accepting()
+            self._traffic.closing = True
+            self._watch_drain(grace_s, None)
+        else:
+            self._start_drain(grace_s, None)
 
     def stop(self, reason: str) -> None:
         """End now; what still runs is failed."""
@@ -102,6 +113,9 @@ class Service:
     def _start_drain(self, grace_s: float, code: WorkerExit | None) -> None:
         event("gateway_draining", grace_s=grace_s, running=self._traffic.running)
         self._traffic.draining = True
+        self._watch_drain(grace_s, code)
+
+    def _watch_drain(self, grace_s: float, code: WorkerExit | None) -> None:
         task = self._loop.create_task(self._drain(grace_s, code))
         self._drains.add(task)
         task.add_done_callback(self._drains.discard)

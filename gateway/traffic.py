@@ -13,6 +13,8 @@ class Traffic:
     def __init__(self) -> None:
         self.running = 0
         self.draining = False
+        #: Connections are to be closed after the response that comes next on them: another gateway takes the new ones.
+        self.closing = False
         self._idle = asyncio.Event()
         self._idle.set()
 

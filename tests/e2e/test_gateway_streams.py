@@ -375,7 +375,7 @@ async def test_sixty_crashes_leak_nothing() -> None:
         settled = 0
         for incarnation in range(1, 61):
             worker = await lmx.start_worker("tiny", incarnation)
-            answering = lmx.chat(stream=True)
+            answering = lmx.chat(stream=True, seed=incarnation)  # the same one would be set aside
             await worker.accept()
             worker.die()
             await answering
