@@ -68,7 +68,7 @@ class Orders(Protocol):
         """Serve these models from now on."""
 
     def drain(self, grace_s: float, *, hand_over: bool) -> None:
-        """Take no more requests, or only no more connections; `ControlClient.drained` is to be called when none is left."""
+        """Take no more requests, or only no more connections; call `ControlClient.drained` when none is left."""
 
     def stop(self, reason: str) -> None:
         """End now."""

@@ -97,7 +97,13 @@ def spawn(
         )
     finally:
         os.close(descriptor)
-    return Child(platform, process.pid, platform.process_started(process.pid) or 0.0, gone, process)
+    try:
+        return Child(platform, process.pid, platform.process_started(process.pid) or 0.0, gone, process)
+    except OSError:
+        # No descriptor left to watch it with: what nobody watches must not run.
+        process.kill()
+        process.wait()
+        raise
 
 
 async def end_stranger(platform: Platform, pid: int, started: float, *, grace_s: float) -> None:

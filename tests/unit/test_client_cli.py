@@ -9,13 +9,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from protocol import control
-from protocol.framing import frame
+from protocol.framing import FrameBuffer, frame
 from protocol.messages import Message, encode
 from protocol.paths import Home
 from protocol.states import ModelState
@@ -45,9 +45,6 @@ def home() -> Iterator[Home]:
         yield home
 
 
-Serve = Callable[..., "contextlib.AbstractContextManager[list[bytes]]"]
-
-
 @contextlib.contextmanager
 def supervisor(home: Home, *pieces: bytes, hang_up: bool = False) -> Iterator[list[bytes]]:
     """Serve one connection: send the pieces after the first request, then hang up or stay silent."""
@@ -56,13 +53,17 @@ def supervisor(home: Home, *pieces: bytes, hang_up: bool = False) -> Iterator[li
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(home.control_socket))
     listener.listen()
+    listener.settimeout(20)
 
     def serve() -> None:
         with contextlib.suppress(OSError):
             sock, _ = listener.accept()
             with sock:
-                while len(b"".join(got)) < 20:
+                # A hello and a request.
+                while len(list(FrameBuffer(1000).feed(b"".join(got)))) < 2:
                     got.append(sock.recv(65536))
+                    if not got[-1]:
+                        return
                 for piece in pieces:
                     sock.sendall(piece)
                     time.sleep(0.002)
