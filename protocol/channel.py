@@ -162,7 +162,7 @@ async def dial(path: Path, *, limit: int, within_s: float) -> Channel:
 
 def _connect(path: Path) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    # a listener with a full backlog would stop the whole loop
+    sock.setblocking(False)  # a listener with a full backlog would stop the whole loop
     try:
         sock.connect(str(path))
     except OSError:

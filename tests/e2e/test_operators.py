@@ -310,6 +310,7 @@ def test_a_model_that_is_still_loading_answers_503_model_loading(lmx: Lmx, tiny_
     (lmx.home / "models").mkdir(parents=True)
     shutil.copytree(tiny_model, lmx.home / "models" / "auto")
     lmx.environ["LMX_MODELS__AUTO_LOAD"] = '["auto"]'
+    lmx.environ["LMX_GATEWAY__HOLD_WHILE_LOADING_S"] = "0"
     lmx.start()
     lmx.wait_model("auto", "loading")
     answer = httpx.post(f"{lmx.url}/v1/chat/completions", json=chat("auto", max_tokens=2, stream=False))

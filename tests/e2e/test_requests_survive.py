@@ -1,4 +1,4 @@
-"""A crash that a client does not see: real processes, real signals, real MLX; the text is that of an uninterrupted run."""
+"""A crash that a client does not see: real processes, signals and MLX; the text is that of an uninterrupted run."""
 
 import asyncio
 import os
@@ -127,7 +127,7 @@ async def test_the_default_model_crosses_it_too(new_lmx: Callable[..., Lmx], rea
     lmx = new_lmx(**PATIENT).start()
     lmx.load(real_model, "alpha")
     asked = [
-        "Repeat exactly: 日本語 😀 naïve 👩‍👩‍👧 Zürich 😀😀😀",
+        "Repeat exactly: 日本語 😀 naïve Zürich 😀😀😀",
         "What is the capital of France?",
         "Count from 1 to 30.",
     ]
@@ -195,7 +195,7 @@ async def test_a_poison_is_found_in_two_crashes_and_the_innocents_finish(
         )
         assert (answer.status_code, answer.json()["error"]["code"]) == (422, "request_quarantined")
         # And one that ends the IO thread before anything is accepted.
-        answer = await http.post("/v1/chat/completions", json=chat("alpha", max_tokens=9, stream=True, text="[[io]]"))
+        answer = await http.post("/v1/chat/completions", json=chat("alpha", max_tokens=9, stream=False, text="[[io]]"))
         assert (answer.status_code, answer.json()["error"]["code"]) == (422, "request_quarantined")
     assert lmx.model("alpha")["restarts"] == 6
     assert "[[" not in (lmx.home / "logs" / "gateway.log").read_text()

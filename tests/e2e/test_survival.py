@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import time
@@ -53,9 +54,11 @@ def open_things(pid: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("number", [signal.SIGABRT, signal.SIGSEGV, signal.SIGKILL])
 async def test_a_signal_in_one_model_leaves_the_other_and_the_api_alone(
-    two_models: Lmx, number: signal.Signals
+    new_lmx: Callable[..., Lmx], tiny_model: Path, number: signal.Signals
 ) -> None:
-    lmx = two_models
+    lmx = new_lmx(LMX_GATEWAY__ON_CRASH="fail").start()
+    for model in ("alpha", "beta"):
+        lmx.load(tiny_model, model)
     document = lmx.status()
     assert document is not None
     victim = lmx.model("alpha")
@@ -146,10 +149,48 @@ async def test_a_signal_in_one_model_leaves_the_other_and_the_api_alone(
     assert [entry.name for entry in (lmx.home / "run").iterdir() if entry.suffix == ".sock"] == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGABRT, signal.SIGSEGV, signal.SIGKILL])
+async def test_with_continuation_the_streams_of_the_model_itself_do_not_notice(
+    two_models: Lmx, number: signal.Signals
+) -> None:
+    lmx = two_models
+    pid = lmx.model("alpha")["pid"]
+    async with client(lmx) as http, client(lmx) as health:
+        # The other model has the same weights: its text is what the first one's has to be.
+        bodies = {model: chat(model, max_tokens=300, stream=True) for model in ("alpha", "beta")}
+        begun: set[int] = set()
+        all_begun = asyncio.Event()
+
+        def note(stream: Stream) -> None:
+            if len(stream.chunks) > 20:
+                begun.add(id(stream))
+            if len(begun) == STREAMS:
+                all_begun.set()
+
+        streams = [asyncio.create_task(read_stream(http, bodies["alpha"], note)) for _ in range(STREAMS)]
+        whole = asyncio.create_task(http.post("/v1/chat/completions", json=chat("alpha", max_tokens=300, stream=False)))
+        stop, failures, polls = asyncio.Event(), [], []
+        poller = asyncio.create_task(watch_health(health, stop, failures, polls))
+        await asyncio.wait_for(all_begun.wait(), 60)
+        os.kill(pid, number)
+        ended = await asyncio.wait_for(asyncio.gather(*streams), 60)
+        answer = (await asyncio.wait_for(whole, 60)).json()
+        reference = await read_stream(http, bodies["beta"])
+        stop.set()
+        await poller
+    assert failures == []
+    for stream in ended:
+        assert (stream.error, stream.broken, stream.done, stream.finish) == (None, "", True, "length")
+        assert stream.text == reference.text
+    assert answer["choices"][0]["message"]["content"] == reference.text
+    assert answer["usage"]["completion_tokens"] == 300
+    assert lmx.model("alpha")["restarts"] == 1
+
+
 async def test_a_request_while_the_model_restarts_gets_a_503_with_a_code(
     new_lmx: Callable[..., Lmx], tiny_model: Path
 ) -> None:
-    lmx = new_lmx(LMX_LIFECYCLE__RESTART_DELAYS_S="[20.0]").start()
+    lmx = new_lmx(LMX_LIFECYCLE__RESTART_DELAYS_S="[20.0]", LMX_GATEWAY__HOLD_WHILE_RESTARTING_S="0").start()
     lmx.load(tiny_model, "alpha")
     psutil.Process(lmx.model("alpha")["pid"]).kill()
     lmx.wait_model("alpha", "backoff")

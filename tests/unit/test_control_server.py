@@ -215,7 +215,7 @@ async def test_running_out_of_descriptors_is_waited_out_and_not_shouted(
     monkeypatch.setattr(server_module, "_ACCEPT_RETRY_S", 0.2)
     real = server._sock
     assert real is not None
-    tries = 0
+    until = asyncio.get_running_loop().time() + 0.3
 
     class Full:
         """The same socket, which cannot accept for a while."""
@@ -224,9 +224,7 @@ async def test_running_out_of_descriptors_is_waited_out_and_not_shouted(
             return getattr(real, name)
 
         def accept(self) -> Any:
-            nonlocal tries
-            tries += 1
-            if tries <= 2:
+            if asyncio.get_running_loop().time() < until:
                 raise OSError(errno.EMFILE, "Too many open files")
             return real.accept()
 
@@ -234,7 +232,8 @@ async def test_running_out_of_descriptors_is_waited_out_and_not_shouted(
     with logged() as seen:
         channel = await connect(path)
         assert await ask(channel) == control.Result(0, "done")
-    assert [entry["event"] for entry in seen] == ["control_accept_failed"] * 2
+    assert {entry["event"] for entry in seen} == {"control_accept_failed"}
+    assert len(seen) <= 2
     channel.close()
 
 
