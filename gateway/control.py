@@ -10,6 +10,7 @@ from protocol import PROTOCOL_VERSION, __version__
 from protocol.channel import Channel, ChannelClosedError, dial
 from protocol.control import (
     MAX_FRAME_BYTES,
+    Casualties,
     Catalog,
     Drain,
     Drained,
@@ -122,6 +123,11 @@ class ControlClient:
         self._drained = True
         if self._channel is not None and not self._channel.closed:
             self._channel.send(encode(Drained()))
+
+    def casualties(self, casualties: Casualties) -> None:
+        """Report which requests a crashed worker had; nobody needs to know later if no supervisor is there."""
+        if self._channel is not None and not self._channel.closed:
+            self._channel.send(encode(casualties))
 
     async def _talk(self, channel: Channel) -> None:
         # The listening socket goes along: a supervisor that did not open it can hand it to the next gateway.

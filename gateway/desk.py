@@ -50,12 +50,14 @@ class Desk:
         *,
         route: Callable[[str], Route],
         on_idle: Callable[[WorkerPeer], None],
+        on_casualties: Callable[[WorkerPeer, list[str]], None],
     ) -> None:
         self._model = model
         self._config = config
         self._quarantine = quarantine
         self._route = route
         self._on_idle = on_idle
+        self._on_casualties = on_casualties
         self._probation = Probation()
         self._interrupted: dict[int, _Waiting] = {}
         self._newcomers: dict[int, _Waiting] = {}
@@ -140,6 +142,8 @@ class Desk:
         for request in requests:
             self._peers.pop(request.rid, None)
         suspects = self._name_suspects(peer, requests) if crashed and requests else set()
+        if crashed and requests:
+            self._on_casualties(peer, [request.trace for request in requests])
         for request in requests:
             self._probation.interrupt(request.rid)
             gone = LmxError("worker_crashed", ENDED_WORDS)

@@ -1,6 +1,7 @@
 """Which worker serves which model: follows the catalog, opens a link per incarnation, closes those that are over."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Final
 
 from gateway.catalog import CatalogView
@@ -9,7 +10,7 @@ from gateway.link import DataPlane
 from gateway.peer import WorkerPeer
 from gateway.quarantine import Quarantine
 from protocol.config import GatewayConfig
-from protocol.control import Catalog, CatalogModel
+from protocol.control import Casualties, Catalog, CatalogModel
 from protocol.errors import LmxError
 from protocol.states import ModelState
 
@@ -18,13 +19,19 @@ _CONNECT_S: Final = 2.0
 #: After a link has died, the same incarnation is tried again at most this often. It may be alive: it closed one
 #: connection, or was cut off for bad frames.
 _RELINK_S: Final = 0.5
+#: Requests that are named in a crash record.
+MAX_CASUALTIES: Final = 256
 
 
 class WorkerPool:
-    """The workers that one gateway talks to, and the desks at which requests for them are taken."""
+    """The workers that one gateway talks to, and the desks at which requests for them are taken.
 
-    def __init__(self, config: GatewayConfig, catalog: CatalogView) -> None:
+    `report` is told which requests a worker had when it crashed.
+    """
+
+    def __init__(self, config: GatewayConfig, catalog: CatalogView, report: Callable[[Casualties], None]) -> None:
         self._config = config
+        self._report = report
         self._catalog = catalog
         self._plane = DataPlane()
         self._quarantine = Quarantine(config.quarantine_after, config.quarantine_s)
@@ -69,7 +76,12 @@ class WorkerPool:
         desk = self._desks.get(model.id)
         if desk is None:
             desk = self._desks[model.id] = Desk(
-                model.id, self._config, self._quarantine, route=self._route, on_idle=self._close_if_idle
+                model.id,
+                self._config,
+                self._quarantine,
+                route=self._route,
+                on_idle=self._close_if_idle,
+                on_casualties=self._report_casualties,
             )
         return desk
 
@@ -88,6 +100,9 @@ class WorkerPool:
 
     def _peers(self) -> list[WorkerPeer]:
         return [*self._current.values(), *self._leaving]
+
+    def _report_casualties(self, peer: WorkerPeer, traces: list[str]) -> None:
+        self._report(Casualties(peer.model, peer.incarnation, traces[:MAX_CASUALTIES]))
 
     def _route(self, model_id: str) -> Route:
         """Return where requests for a model go now."""

@@ -31,7 +31,7 @@ class Service:
         self._listener = listener
         self._loop = asyncio.get_running_loop()
         self._catalog = CatalogView()
-        self._pool = WorkerPool(spec.gateway, self._catalog)
+        self._pool = WorkerPool(spec.gateway, self._catalog, lambda casualties: self._control.casualties(casualties))
         self._traffic = Traffic()
         self._accepting = asyncio.Event()
         self._exit: asyncio.Future[int] = self._loop.create_future()

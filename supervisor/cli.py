@@ -14,7 +14,6 @@ from protocol import __version__, control
 from protocol.messages import Message
 from protocol.paths import Home, default_home
 from protocol.states import CliExit
-from supervisor.cli_crashes import crashes
 from supervisor.client import Client, UnreachableError, WaitedTooLongError
 
 _COMMAND_S: Final = 960.0
@@ -152,6 +151,17 @@ def restart_worker(home: Home, model: str, force: bool) -> None:
 
 
 @cli.command()
+@click.argument("crash", metavar="[ID]", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print the document lmx.crashes/1.")
+@click.pass_obj
+def crashes(home: Home, crash: str | None, as_json: bool) -> None:
+    """List the crashes that are kept, or show the one whose ID is given or begins so."""
+    from supervisor.cli_crashes import show_crashes
+
+    show_crashes(home, crash, as_json=as_json)
+
+
+@cli.command()
 @click.argument("model")
 @click.pass_obj
 @_reports
@@ -219,9 +229,6 @@ def stop(home: Home) -> None:
             break
     client.wait_closed(within_s=_STOP_S)
     click.echo("stopped")
-
-
-cli.add_command(crashes)
 
 
 def _command(home: Home, request: Message) -> None:

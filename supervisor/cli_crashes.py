@@ -19,12 +19,8 @@ _HEADINGS: Final = ("CRASH", "MODEL", "CLASS", "HOW", "PHASE", "UP", "AGE")
 _SHOWN: Final = 10
 
 
-@click.command()
-@click.argument("crash", metavar="[ID]", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print the document lmx.crashes/1.")
-@click.pass_obj
-def crashes(home: Home, crash: str | None, as_json: bool) -> None:
-    """List the crashes that are kept, or show the one whose ID is given or begins so."""
+def show_crashes(home: Home, crash: str | None, *, as_json: bool) -> None:
+    """Print the list of crashes, or the one whose id is, or begins with, `crash`; exit 1 if there is none such."""
     store = CrashStore(home.crashes)
     if crash is None:
         records = store.records()

@@ -608,5 +608,3 @@ def test_row_60_starts_in_the_future_are_no_crash_loop() -> None:
     assert not crash_loop_of_supervisor((now + 5, now + 10, now + 3e8), now, config)
     assert not crash_loop_of_supervisor((now - 3e8, now - 3e8, now), now, config)
     assert crash_loop_of_supervisor((now - 20, now - 10, now), now, config)
-
-

@@ -1,10 +1,12 @@
 """Rows of the failure matrix: what Metal and MLX say when they fail (recorded words, workers without MLX)."""
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from tests.chaos.figures import Figure
@@ -75,6 +77,24 @@ def test_row_13_14_17_degraded_retry(stage: Stage, figure: Figure, row: str, wor
         spec = json.loads(next((scene.lmx.home / "run").glob(f"{row}-*.{now['incarnation']}.json")).read_text())
         assert (spec["models"]["max_concurrent_requests"], spec["models"]["prefill_step_tokens"]) == (1, 128)
         scene.serves()
+
+
+def test_row_13_last_words_reach_a_supervisor_that_was_busy(stage: Stage) -> None:
+    """Its words and its end are both there when the supervisor looks: the words must not be thrown away."""
+    with stage.scene("row-13-b") as scene:
+        victim = scene.loaded(words=OOM, tokens_per_s=50.0)
+        assert stage.lmx.process is not None
+        stage.lmx.process.send_signal(signal.SIGSTOP)
+        try:
+            scene.ask("[[raise 2]]", headers=FAIL).wait()
+            for _ in deadline(5):
+                if psutil.Process(victim.pid).status() == psutil.STATUS_ZOMBIE:
+                    break
+        finally:
+            stage.lmx.process.send_signal(signal.SIGCONT)
+        exited = scene.exited(victim)
+        assert (exited["code"], exited["exit_class"]) == (87, "metal_oom")
+        assert "kIOGPUCommandBufferCallbackErrorOutOfMemory" in exited["reason"]
 
 
 def test_row_15_submissions_ignored(stage: Stage, figure: Figure) -> None:

@@ -20,7 +20,7 @@ def written(lmx: Lmx) -> dict[str, str]:
 
 
 async def test_no_prompt_answer_or_key_reaches_a_file(new_lmx: Callable[..., Lmx], tiny_model: Path) -> None:
-    lmx = new_lmx(LMX_LOG__LEVEL="DEBUG").start()
+    lmx = new_lmx(LMX_LOG__LEVEL="DEBUG", LMX_GATEWAY__ON_CRASH="fail").start()
     lmx.load(tiny_model, "alpha")
     headers = {"Authorization": f"Bearer {KEY}"}
     async with httpx.AsyncClient(base_url=lmx.url, timeout=30, headers=headers) as http:

@@ -197,7 +197,7 @@ async def test_a_poison_is_found_in_two_crashes_and_the_innocents_finish(
         # And one that ends the IO thread before anything is accepted.
         answer = await http.post("/v1/chat/completions", json=chat("alpha", max_tokens=9, stream=False, text="[[io]]"))
         assert (answer.status_code, answer.json()["error"]["code"]) == (422, "request_quarantined")
-    assert lmx.model("alpha")["restarts"] == 6
+    lmx.wait_status(lambda doc: doc["models"][0]["restarts"] == 6)
     assert "[[" not in (lmx.home / "logs" / "gateway.log").read_text()
 
 
