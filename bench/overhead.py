@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -46,6 +47,7 @@ Measured = dict[str, Any]
 
 def main() -> int:
     args = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left running
     work = Path(tempfile.mkdtemp(prefix="lmx-bench-", dir="/tmp"))
     lmx = Lmx(**AT_ONCE, LMX_WORKER__BLAS_THREADS=str(args.blas_threads))
     try:
@@ -222,7 +224,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"LMX {report['version']}, {report['machine']}, model {report['model']}, {report['tokens']} tokens an answer.",
         "Medians (lowest to highest) over the rounds; the ratios are of the medians, and of the best rounds.",
         "",
-        "| streams | in-process tok/s | LMX tok/s | ratio | of the best | in-process TTFT ms | LMX TTFT ms | added ms |",
+        "| streams | in-process tok/s | LMX tok/s | ratio | of best | in-process TTFT ms | LMX TTFT ms | added ms |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for streams, rounds in report["throughput"].items():

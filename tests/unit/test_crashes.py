@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from protocol.paths import Home
 from protocol.states import CliExit
 from supervisor import crashes as module
-from supervisor.cli_crashes import crashes as command
+from supervisor.cli import crashes as command
 from supervisor.crashes import (
     MAX_CRASHES,
     MAX_STDERR_BYTES,
