@@ -1,11 +1,10 @@
 """The requests of one model: which of them run, which wait, and what becomes of them when their process ends."""
 
 import asyncio
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Final, NamedTuple
 
-import msgspec
-
+from gateway.line import NEVER, Line, Waiting
 from gateway.peer import ENDED_WORDS, WorkerPeer
 from gateway.probation import Probation
 from gateway.quarantine import Quarantine, shown
@@ -27,16 +26,8 @@ class Route(NamedTuple):
     retry_s: float | None = None
 
 
-class _Waiting(msgspec.Struct):
-    """`since` is of the event loop's clock. `error`: what to say when the wait is over, if not where the model is.
-
-    `avoid`: the incarnation that gave the request back.
-    """
-
-    request: Request
-    since: float
-    error: LmxError | None = None
-    avoid: int = 0
+#: A process that had no room for a request whose answer it did not begin is asked again after this long.
+_BUSY_RETRY_S: Final = 1.0
 
 
 class Desk:
@@ -59,19 +50,16 @@ class Desk:
         self._on_idle = on_idle
         self._on_casualties = on_casualties
         self._probation = Probation()
-        self._interrupted: dict[int, _Waiting] = {}
-        self._newcomers: dict[int, _Waiting] = {}
+        self._line = Line()
         self._peers: dict[int, WorkerPeer] = {}
         self._loop = asyncio.get_running_loop()
         self._pumping: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
-        #: When the probation last got on; those who wait for their trial have no reason to give up before.
-        self._moved_at = 0.0
 
     @property
     def idle(self) -> bool:
         """Whether nobody is here."""
-        return not (self._peers or self._interrupted or self._newcomers)
+        return not (self._peers or self._line)
 
     # -- what the endpoint asks ---------------------------------------------------------------------------------
 
@@ -81,8 +69,8 @@ class Desk:
             raise self._quarantine.refusal()
         request.owner = self
         route = self._route(self._model)
-        waiting = _Waiting(request, self._loop.time())
-        free = not (self._probation.active or self._interrupted or self._newcomers)
+        waiting = Waiting(request, self._loop.time())
+        free = not (self._probation.active or self._line)
         if free and route.peer is not None:
             if self._submit(waiting, route.peer):
                 return
@@ -90,10 +78,10 @@ class Desk:
         route = self._explain(route)
         if route.hold_s <= 0 and route.why is not None:
             raise route.why
-        if len(self._newcomers) >= self._config.max_held:
+        if self._line.newcomers >= self._config.max_held:
             text = f"{self._config.max_held} requests wait for the model '{self._model}'; no more may. Try again later."
             raise LmxError("server_busy", text)
-        self._newcomers[request.rid] = waiting
+        self._line.join(waiting)
         self.pump()
 
     def leave(self, request: Request) -> None:
@@ -106,7 +94,7 @@ class Desk:
 
     def fail_waiting(self, error: LmxError) -> None:
         """End every request that no process works on."""
-        for waiting in self._waiting():
+        for waiting in self._line.all():
             waiting.request.fail(error)
 
     # -- what requests and workers report -----------------------------------------------------------------------
@@ -130,10 +118,10 @@ class Desk:
         self._on_idle(peer)
 
     def on_returned(self, peer: WorkerPeer, request: Request, error: LmxError) -> None:
-        """A process that is being replaced gives a request back: nobody's fault."""
+        """A process that is being replaced, or has no room, gives a request back: nobody's fault."""
         self._peers.pop(request.rid, None)
         self._probation.interrupt(request.rid)
-        self._interrupt(request, error, avoid=peer.incarnation)
+        self._interrupt(request, error, avoid=0 if error.code == "server_busy" else peer.incarnation)
         self._pump_soon()
 
     def on_lost(self, peer: WorkerPeer, requests: list[Request], *, crashed: bool) -> None:
@@ -165,7 +153,7 @@ class Desk:
         present = requests if len(running) < peer.slots else running
         suspects = self._probation.crashed({request.rid: len(request.tokens) for request in present})
         now = self._loop.time()
-        self._moved_at = now
+        self._line.moved_at = now
         for digest in {request.digest for request in present if request.rid in suspects}:
             if self._quarantine.name(digest, now):
                 event("request_quarantined", level="WARNING", model=self._model, digest=shown(digest))
@@ -185,7 +173,9 @@ class Desk:
             request.fail(error)
             return
         request.wait()
-        self._interrupted[request.rid] = _Waiting(request, self._loop.time(), error, avoid)
+        now = self._loop.time()
+        busy = error.code == "server_busy"
+        self._line.join_in_front(Waiting(request, now, error, avoid, now + _BUSY_RETRY_S if busy else 0.0))
 
     # -- the line -----------------------------------------------------------------------------------------------
 
@@ -197,46 +187,42 @@ class Desk:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if not (self._interrupted or self._newcomers):
+        if not self._line:
             return
         route = self._route(self._model)
         if route.peer is not None:
             if self._probation.active:
                 self._start_trial(route.peer)
             else:
-                for waiting in self._waiting():
+                for waiting in self._line.all():
                     self._start(waiting, route.peer)
         self._expire(self._explain(route))
 
     def _pump_soon(self) -> None:
         """Not at once: the caller is reading frames of a link, or in the middle of a crash."""
-        if self._pumping is None and (self._interrupted or self._newcomers):
+        if self._pumping is None and self._line:
             self._pumping = self._loop.call_soon(self._pump_now)
 
     def _pump_now(self) -> None:
         self._pumping = None
         self.pump()
 
-    def _waiting(self) -> Iterable[_Waiting]:
-        return [*self._interrupted.values(), *self._newcomers.values()]
-
     def _start_trial(self, peer: WorkerPeer) -> None:
         rid = self._probation.next()
-        waiting = None if rid is None else self._interrupted.get(rid)
+        waiting = None if rid is None else self._line.interrupted(rid)
         if rid is not None and waiting is not None and self._start(waiting, peer):
             waiting.request.mark = self._probation.begin(rid)
-            self._moved_at = self._loop.time()
+            self._line.moved_at = self._loop.time()
 
-    def _start(self, waiting: _Waiting, peer: WorkerPeer) -> bool:
+    def _start(self, waiting: Waiting, peer: WorkerPeer) -> bool:
         request = waiting.request
-        if waiting.avoid == peer.incarnation:
+        if waiting.avoid == peer.incarnation or self._loop.time() < waiting.not_before:
             return False
         if self._quarantine and self._quarantine.refuses(request.digest, self._loop.time()):
             request.fail(self._quarantine.refusal())
         if request.ended or not self._submit(waiting, peer):
             return False
-        self._interrupted.pop(request.rid, None)
-        self._newcomers.pop(request.rid, None)
+        self._line.drop(request.rid)
         if not request.ended:
             event(
                 "request_continued" if waiting.error is not None else "request_released",
@@ -248,7 +234,7 @@ class Desk:
             )
         return not request.ended
 
-    def _submit(self, waiting: _Waiting, peer: WorkerPeer) -> bool:
+    def _submit(self, waiting: Waiting, peer: WorkerPeer) -> bool:
         """Return False if the worker is gone. A request that it can never be given is failed."""
         request = waiting.request
         try:
@@ -270,30 +256,21 @@ class Desk:
     def _expire(self, route: Route) -> None:
         """End what has waited for as long as it may; look again when the next one has."""
         now = self._loop.time()
-        soonest = now + route.retry_s if route.retry_s is not None else float("inf")
-        for waiting in self._waiting():
-            over_at = self._since(waiting) + route.hold_s
-            if over_at > now:
-                soonest = min(soonest, over_at)
-                continue
+        for waiting in self._line.overdue(route.hold_s, now):
             error = waiting.error if route.hold_s > 0 and waiting.error is not None else route.why
             assert error is not None, "a route that leads nowhere has a reason"
             waiting.request.fail(error)
-        if soonest < float("inf") and (self._interrupted or self._newcomers):
-            self._timer = self._loop.call_at(soonest, self.pump)
-
-    def _since(self, waiting: _Waiting) -> float:
-        interrupted = waiting.request.rid in self._interrupted
-        return max(waiting.since, self._moved_at) if interrupted else waiting.since
+        if self._line:
+            again = NEVER if route.retry_s is None else now + route.retry_s
+            self._timer = self._loop.call_at(min(again, self._line.next_change(route.hold_s, now)), self.pump)
 
     def _drop(self, request: Request) -> None:
-        self._interrupted.pop(request.rid, None)
-        self._newcomers.pop(request.rid, None)
+        self._line.drop(request.rid)
         self._passed(request)
 
     def _passed(self, request: Request) -> None:
         """Nobody has to wait for this one's trial any more."""
         request.mark = None
         if self._probation.forget(request.rid):
-            self._moved_at = self._loop.time()
+            self._line.moved_at = self._loop.time()
             self._pump_soon()

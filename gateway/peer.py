@@ -28,6 +28,7 @@ _LOG_EVERY_S: Final = 1.0
 _ABORT_RETRY_S: Final = 0.05
 _CRASHED: Final = "worker_crashed"
 _REPLACED: Final = "model_restarting"
+_BUSY: Final = "server_busy"
 ENDED_WORDS: Final = "The process of the model ended before the answer did."
 #: What the clients of a worker that is lost are told, by the code of the error.
 _ENDED: Final[Mapping[str, str]] = MappingProxyType(
@@ -45,7 +46,7 @@ class PeerOwner(Protocol):
         """The worker has answered the handshake."""
 
     def on_returned(self, peer: "WorkerPeer", request: Request, error: LmxError) -> None:
-        """The worker gives a request back before its end; the next incarnation may take it."""
+        """The worker gives a request back before its end; the next incarnation may take it, or this one later."""
 
     def on_lost(self, peer: "WorkerPeer", requests: list[Request], *, crashed: bool) -> None:
         """The worker is gone and these were its requests. Not `crashed`: it was replaced."""
@@ -202,7 +203,8 @@ class WorkerPeer:
             return
         if isinstance(message, Refused):
             error = from_peer(message.code, message.message, param=message.param, retry_after_s=message.retry_after_s)
-            goes_on = message.code == _REPLACED
+            # One whose answer has begun elsewhere is not broken off for want of room.
+            goes_on = message.code == _REPLACED or (message.code == _BUSY and request.accepted)
         else:
             error = from_peer(message.code, message.message)
             goes_on = message.retryable

@@ -13,7 +13,7 @@ from gateway.control import ControlClient, Lease
 from gateway.pool import WorkerPool
 from gateway.server import Server
 from gateway.traffic import Traffic
-from protocol.control import Catalog, GatewayHeartbeat
+from protocol.control import Casualties, Catalog, GatewayHeartbeat
 from protocol.errors import LmxError
 from protocol.logs import event, exception_event
 from protocol.spec import GatewaySpec
@@ -31,7 +31,7 @@ class Service:
         self._listener = listener
         self._loop = asyncio.get_running_loop()
         self._catalog = CatalogView()
-        self._pool = WorkerPool(spec.gateway, self._catalog, lambda casualties: self._control.casualties(casualties))
+        self._pool = WorkerPool(spec.gateway, self._catalog, self._report)
         self._traffic = Traffic()
         self._accepting = asyncio.Event()
         self._exit: asyncio.Future[int] = self._loop.create_future()
@@ -100,6 +100,9 @@ class Service:
         """End now; what still runs is failed."""
         event("gateway_told_to_stop", reason=reason)
         self._end(WorkerExit.ASKED)
+
+    def _report(self, casualties: Casualties) -> None:
+        self._control.casualties(casualties)
 
     # -- ending -------------------------------------------------------------------------------------------------
 

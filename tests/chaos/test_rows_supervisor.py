@@ -145,7 +145,10 @@ def kill_everything(lmx: Lmx) -> None:
     lmx.kill_supervisor()
     for process in lmx.processes():
         process.kill()
-        process.wait(10)
+    for _ in deadline(10):
+        if not lmx.processes():
+            return
+    raise AssertionError(lmx.processes())
 
 
 # -- the supervisor dies ------------------------------------------------------------------------------------------

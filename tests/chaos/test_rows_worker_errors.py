@@ -38,10 +38,11 @@ def stage(new_stage: Callable[..., Stage]) -> Stage:
     )
 
 
-def fail_once(scene: Scene, figure: Figure, row: str, code: int, kind: str) -> Victim:
+def fail_once(scene: Scene, figure: Figure, row: str, code: int, kind: str, number: int = 0) -> Victim:
     """Have the victim raise its words during an answer; assert class, code and what client and operator see."""
     victim = scene.victim()
-    doomed = scene.ask("[[raise 15]]", headers=FAIL).wait()  # 0.3 s: heartbeats have told of it
+    # 0.3 s, so that heartbeats have told of it; each time another request, or it would be refused as the culprit.
+    doomed = scene.ask(f"[[raise 15]] {number}", headers=FAIL).wait()
     exited = scene.exited(victim)
     figure(row, "exit after the words", exited["seen_at"] - doomed.chunks_at[-1], target=1)
     assert exited["seen_at"] - doomed.chunks_at[-1] < 1.5
@@ -111,8 +112,8 @@ def test_row_16_victim_of_another_process(stage: Stage, figure: Figure) -> None:
     """Any number of them: never set aside, never degraded."""
     with stage.scene("row-16") as scene:
         scene.loaded(words=VICTIM, tokens_per_s=50.0)
-        for _ in range(4):
-            victim = fail_once(scene, figure, "row 16", 86, "gpu_victim")
+        for number in range(4):
+            victim = fail_once(scene, figure, "row 16", 86, "gpu_victim", number)
             scene.ready_after(victim)
         model = scene.lmx.model("row-16")
         assert (model["state"], model["degraded"]) == ("ready", False)
@@ -183,7 +184,11 @@ def test_row_36_query_of_death(stage: Stage, figure: Figure) -> None:
             assert (again.status, again.code) == (422, "request_quarantined")
         assert not scene.ask("[[abort 4]]", max_tokens=3).wait().error, "another request, and it ends before its fault"
         log = (scene.lmx.home / "logs" / "gateway.log").read_text().splitlines()
-        named = [line for line in map(json.loads, log) if line["event"] == "request_quarantined"]
+        named = [
+            line
+            for line in map(json.loads, log)
+            if line["event"] == "request_quarantined" and line["model"] == "row-36"
+        ]
         assert [len(line["digest"]) for line in named] == [8]
         scene.serves()
         assert scene.attempts() == 3

@@ -93,8 +93,7 @@ def test_row_22_sigstop_for_good(stage: Stage, figure: Figure) -> None:
         victim = scene.loaded()
         scene.serves()
         stopped_at = victim.signal(signal.SIGSTOP)
-        # Never taken by anybody, so that it waits for the next process, whatever it says of crashes.
-        call = scene.ask(headers=FAIL)
+        call = scene.ask()  # taken by nobody, so that it goes to the next process
         hung = scene.event("hung")
         assert "heartbeat" in hung["reason"]
         figure("row 22", "SIGSTOP found after its deadline", hung["ts"] - stopped_at - HUNG_S, target=1)

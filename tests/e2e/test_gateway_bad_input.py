@@ -264,7 +264,7 @@ async def test_an_unhandled_exception_is_a_500_that_says_nothing() -> None:
         return {"type": "http.disconnect"}
 
     scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"x-request-id", b"abc")], "state": {}}
-    await RequestIdMiddleware(ErrorBoundary(app))(scope, receive, send)
+    await RequestIdMiddleware(ErrorBoundary(app), Traffic())(scope, receive, send)
     assert sent[0]["status"] == 500
     body = msgspec.json.decode(sent[1]["body"])["error"]
     assert (body["code"], body["request_id"]) == ("internal_error", "abc")

@@ -334,6 +334,27 @@ async def test_last_words_about_one_request_are_about_all() -> None:
         assert (entry["requests"], entry["suspects"]) == (2, 2)
 
 
+async def test_an_answer_that_has_begun_is_not_broken_off_for_want_of_room() -> None:
+    """A model that comes back with less room, as after running out of memory."""
+    async with stack(SOON) as lmx:
+        first = await lmx.start_worker()
+        reader = Reader(lmx)
+        rid = (await first.accept()).rid
+        await say(first, rid, "some ")
+        await reader.until_text("some ")
+        first.die()
+        second = await lmx.start_worker("tiny", 2)
+        for _ in range(2):
+            await second.receive(Submit)
+            await second.send(Refused(2, rid, "server_busy", "full", None, 5))
+        assert (await second.accept()).resume == Resume([0])
+        await end(second, rid, 2, "more")
+        assert text_of(await reader.task) == "some more"
+        fresh = lmx.chat()
+        await second.send(Refused(2, (await second.receive(Submit)).rid, "server_busy", "full", None, 5))
+        assert (await fresh).status_code == 429
+
+
 # -- holding --------------------------------------------------------------------------------------------------------
 
 
