@@ -31,7 +31,8 @@ class Model:
     async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
         """Answer."""
         await self._catalog.arrived()
-        model = self._catalog.find(scope["path_params"]["id"])
+        # Not the route's parameter: its pattern leaves out a line end.
+        model = self._catalog.find(scope["path"].removeprefix("/models/"))
         await send_json(send, 200, msgspec.json.encode(card(model)), [])
 
 

@@ -167,7 +167,9 @@ class Others:
         self.failures: list[str] = []
         self.streams = self.polls = 0
         self.slowest_poll_s = 0.0
-        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._stream, self._poll)]
+        # Two, so that one is in the middle of an answer whenever something happens.
+        targets = (self._stream, self._stream, self._poll)
+        self._threads = [threading.Thread(target=target, daemon=True) for target in targets]
 
     def __enter__(self) -> Self:
         for thread in self._threads:
@@ -188,7 +190,7 @@ class Others:
         assert self.polls
 
     def _stream(self) -> None:
-        body, first = chat(self._model, max_tokens=20, stream=True, text="What do the others see?"), ""
+        body, first = chat(self._model, max_tokens=40, stream=True, text="What do the others see?"), ""
         while not self._stop.is_set():
             call = Call(self._url, body, {})
             call.join(PATIENCE_S)
@@ -196,7 +198,7 @@ class Others:
                 self.failures.append(repr(call))
             first = first or call.text
             self.streams += 1
-            self._stop.wait(0.15)
+            self._stop.wait(0.03)
 
     def _poll(self) -> None:
         with httpx.Client(base_url=self._url, timeout=5) as http:
@@ -241,7 +243,10 @@ class Stage:
         self.lmx.environ["LMX_FAULT"] = f"@{self.faults}"
         try:
             self.lmx.start()
+            slow = FaultPlan(models=(OTHER,), tokens_per_s=100.0, answer_tokens=1000)
+            self.faults.write_bytes(msgspec.json.encode([slow]))
             self.lmx.load(folder, OTHER)
+            self.faults.write_text("[]")
         except BaseException:
             self.close()
             raise

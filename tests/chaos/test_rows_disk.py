@@ -391,7 +391,7 @@ def test_row_69_model_folder_deleted_while_it_is_loaded(tiny_model: Path, figure
 def test_row_70_upgrade_to_another_protocol_version(tiny_model: Path, tmp_path: Path) -> None:
     """What is installed speaks another version than what runs: all is replaced, one after the other, and none fails."""
     site = tmp_path / "site"
-    with stage_of(tiny_model, **patched(site, all=VERSION_PATCH)) as stage:
+    with stage_of(tiny_model, LMX_LIFECYCLE__DRAIN_S="15", **patched(site, all=VERSION_PATCH)) as stage:
         lmx = stage.lmx
         load(stage, "second")
         before, gateway, url, since = pids(lmx), gateway_of(lmx), lmx.url, time.time()

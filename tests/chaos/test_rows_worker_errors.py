@@ -30,12 +30,7 @@ LIMIT = "[metal::malloc] Resource limit (499000) exceeded."
 
 @pytest.fixture(scope="module")
 def stage(new_stage: Callable[..., Stage]) -> Stage:
-    return new_stage(
-        LMX_LIFECYCLE__BURST_FAILURES="9",
-        LMX_LIFECYCLE__DEGRADED_FROM_TRY="9",
-        LMX_LIFECYCLE__HEARTBEAT_S="0.1",
-        LMX_LIFECYCLE__CANARY_IDLE_S=str(CANARY_S),
-    )
+    return new_stage(LMX_LIFECYCLE__HEARTBEAT_S="0.1", LMX_LIFECYCLE__CANARY_IDLE_S=str(CANARY_S))
 
 
 def fail_once(scene: Scene, figure: Figure, row: str, code: int, kind: str, number: int = 0) -> Victim:

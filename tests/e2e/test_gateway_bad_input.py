@@ -251,6 +251,8 @@ async def test_an_unhandled_exception_is_a_500_that_says_nothing() -> None:
 
     from gateway.middleware import ErrorBoundary, RequestIdMiddleware
 
+    from gateway.traffic import Traffic
+
     marker = secrets.token_hex(8)
     sent: list[Any] = []
 

@@ -51,7 +51,8 @@ async def killed_at(
     ready = asyncio.Event()
 
     def note(stream: Stream) -> None:
-        if len(stream.chunks) >= chunks:
+        # A busy machine puts several tokens into a chunk, and one may come to its end before the others get there.
+        if len(stream.chunks) >= chunks or stream.finish is not None:
             there.add(id(stream))
         if len(there) == len(bodies):
             ready.set()
@@ -116,7 +117,7 @@ async def test_stop_strings_and_lengths_are_met_across_the_seam(new_lmx: Callabl
         references = [await read_stream(http, body) for body in bodies]
         assert references[0].finish == "stop"
         assert references[0].text == plain.text.partition(stop)[0]
-        for chunks in (20, 30, 55):
+        for chunks in (12, 25, 40):
             check_same(await killed_at(lmx, http, bodies, chunks, signal.SIGKILL), references)
 
 

@@ -1,6 +1,7 @@
 """Why a model does not serve, in the words and the status a client needs."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -10,7 +11,7 @@ from gateway.middleware import canonical_path, request_id
 from gateway.requests import Request, RequestState, Rids
 from gateway.traffic import Traffic
 from protocol.control import Catalog, CatalogModel
-from protocol.data import Delta, Finish, Usage
+from protocol.data import ChatMessage, Delta, Finish, Kind, Sampling, Submit, Usage
 from protocol.errors import LmxError
 from protocol.states import ModelState
 
@@ -106,8 +107,16 @@ def test_rids_fit_and_differ_over_restarts() -> None:
     assert all(0 < rid < 2**63 for rid in made)
 
 
+def in_a_worker(limit: int, *, streams: bool) -> Request:
+    """A request that a worker has been asked for."""
+    submit = Submit(1, 1, Kind.CHAT, [ChatMessage("user", "hi")], Sampling(), 10.0)
+    request = Request("m", submit, limit=limit, streams=streams, continues=False, deadline_at=time.monotonic() + 10)
+    request.submitted()
+    return request
+
+
 async def test_a_request_merges_what_its_reader_has_not_taken() -> None:
-    request = Request(1, 100, streams=True)
+    request = in_a_worker(100, streams=True)
     assert request.accept(5, 0)
     for text in "abc":
         assert request.add(Delta(1, text, [1]))
@@ -121,7 +130,7 @@ async def test_a_request_merges_what_its_reader_has_not_taken() -> None:
 
 
 async def test_states_only_move_forward() -> None:
-    request = Request(1, 100, streams=True)
+    request = in_a_worker(100, streams=True)
     assert not request.add(Delta(1, "x", [1]))
     assert request.accept(5, 0)
     assert not request.accept(5, 0)
@@ -133,7 +142,7 @@ async def test_states_only_move_forward() -> None:
 
 
 async def test_only_a_blocked_reader_overflows() -> None:
-    request = Request(1, 10, streams=True)
+    request = in_a_worker(10, streams=True)
     cut: list[bool] = []
     request.on_overflow = lambda: cut.append(True)
     request.accept(5, 0)
@@ -148,7 +157,7 @@ async def test_only_a_blocked_reader_overflows() -> None:
 
 
 async def test_an_endless_whole_answer_is_the_workers_fault() -> None:
-    request = Request(1, 10, streams=False)
+    request = in_a_worker(10, streams=False)
     request.accept(5, 0)
     request.add(Delta(1, "x" * 11, [1]))
     assert request.error is not None
