@@ -203,7 +203,11 @@ def test_row_63_a_process_starts_while_the_log_disk_is_full(tiny_model: Path) ->
 # -- state that cannot be used ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 4096, b"\xff{not state}\n[[[", b'{"kind": 1}\n{}'], ids=["empty", "zeros", "garbage", "other"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\0" * 4096, b"\xff{not state}\n[[[", b'{"kind": 1}\n{}'],
+    ids=["empty", "zeros", "garbage", "other"],
+)
 def test_row_64_state_corrupt_in_both_copies(tiny_model: Path, content: bytes) -> None:
     """10,000 mutations of the files are tests/unit/test_statefile.py; here a supervisor starts with nothing usable."""
     lmx = Lmx(**PATIENT, LMX_WORKER__MODULE="tests.fault", LMX_MODELS__AUTO_LOAD='["auto"]')
@@ -402,8 +406,10 @@ def test_row_70_upgrade_to_another_protocol_version(tiny_model: Path, tmp_path: 
             (site / "version").write_text("2")
             lmx.cli("upgrade")
             lmx.wait_status(
-                lambda doc: all(m["state"] == "ready" and m["pid"] != before[m["id"]] for m in doc["models"])
-                and doc["gateway"]["pid"] != gateway["pid"],
+                lambda doc: (
+                    all(m["state"] == "ready" and m["pid"] != before[m["id"]] for m in doc["models"])
+                    and doc["gateway"]["pid"] != gateway["pid"]
+                ),
                 30,
             )
             for call in calls:
@@ -419,5 +425,3 @@ def test_row_70_upgrade_to_another_protocol_version(tiny_model: Path, tmp_path: 
             assert starting <= 1, "one at a time"
         idle(lmx)
         assert lmx.stop() == 0
-
-

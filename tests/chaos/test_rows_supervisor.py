@@ -1,4 +1,4 @@
-"""Rows 45 to 60 of the failure matrix: the supervisor dies at every point, its host restarts, sleeps, changes its clock."""
+"""Rows 45 to 60 of the failure matrix: the supervisor dies at any point; its host restarts, sleeps, loses its clock."""
 
 import json
 import os
@@ -17,14 +17,12 @@ from protocol.config import LifecycleConfig
 from supervisor.safety import Strike, crash_loop_of_supervisor
 from supervisor.statefile import StateFile
 from tests.chaos.figures import Figure
-from tests.chaos.scene import OTHER, Call, Others, Stage
+from tests.chaos.scene import OTHER, Others, Stage
 from tests.chaos.test_rows_gateway import (
-    answers,
     ask,
     event_since,
     events_since,
     gateway_of,
-    idle,
     load,
     patched,
     pids,
@@ -187,7 +185,7 @@ def test_row_46_supervisor_dead_for_longer_than_the_lease(tiny_model: Path, figu
         call = ask(url, text="[[tokens 4000]]", max_tokens=4000).wait_chunks(3)
         killed_at = time.monotonic()
         lmx.kill_supervisor()
-        gone, alive = psutil.wait_procs(processes, timeout=15)
+        _, alive = psutil.wait_procs(processes, timeout=15)
         assert alive == [], "left over without a supervisor"
         figure("row 46", "nothing left, lease 1.5 s and drain 1 s", time.monotonic() - killed_at, target=3.5)
         assert 1.4 < time.monotonic() - killed_at < 8
@@ -506,7 +504,7 @@ def test_row_56_power_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_row_57_machine_goes_down_while_a_model_loads(tiny_model: Path) -> None:
-    """The model that was being loaded comes last; with the report of a panic it is not loaded (tests/unit/test_safety)."""
+    """What was being loaded comes last. If a panic was reported it does not come: tests/unit/test_safety.py."""
     with stage_of(tiny_model) as stage:
         lmx = stage.lmx
         load(stage, "suspect", "innocent")

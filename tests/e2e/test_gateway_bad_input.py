@@ -250,7 +250,6 @@ async def test_an_unhandled_exception_is_a_500_that_says_nothing() -> None:
     import secrets
 
     from gateway.middleware import ErrorBoundary, RequestIdMiddleware
-
     from gateway.traffic import Traffic
 
     marker = secrets.token_hex(8)
