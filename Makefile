@@ -4,7 +4,7 @@
 SHELL = /bin/sh
 ARGS =
 
-.PHONY: help setup run test check fmt chaos bench lock clean
+.PHONY: help setup run test check fmt rows chaos bench lock clean
 
 help: ## what there is (the default)
 	@sed -n 's/^\([a-z]*\):.*## */  make \1	/p' Makefile
@@ -23,6 +23,9 @@ check: setup ## ruff, format and mypy --strict, changing nothing
 
 fmt: setup ## format and fix what can be fixed safely
 	@scripts/fmt
+
+rows: setup ## one test per row of the failure matrix
+	@scripts/test tests/chaos $(ARGS)
 
 chaos: setup ## the long runs with faults, about 40 minutes
 	@scripts/chaos

@@ -224,7 +224,7 @@ def test_row_73_slow_reader(stage: Stage, figure: Figure) -> None:
             "row 73", "p99 of others beside 4 slow readers, of the usual", 100 * meanwhile / usual, target=110, unit="%"
         )
         assert meanwhile < 3 * usual + 0.1, "two noisy cores"
-        idle(stage.lmx)
+        idle(stage.lmx, "fast")
         for reader in readers:
             last = b""
             with contextlib.suppress(ConnectionError):

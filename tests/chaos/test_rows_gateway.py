@@ -69,7 +69,13 @@ def stage_of(folder: Path, **settings: str) -> Iterator[Stage]:
     try:
         yield stage
     finally:
-        stage.close()
+        try:
+            stage.close()
+        finally:
+            for process in stage.lmx.processes():  # of one that did not end: it must not outlive its test
+                process.kill()
+            if stage.lmx.process is not None:
+                stage.lmx.process.wait(10)
 
 
 def load(stage: Stage, *models: str) -> None:
@@ -112,9 +118,14 @@ def gateway_of(lmx: Lmx) -> dict[str, Any]:
     return found
 
 
-def idle(lmx: Lmx, within_s: float = 10.0) -> None:
-    """Wait until no worker has a request: what its heartbeats say."""
-    lmx.wait_status(lambda doc: all(m["running"] == m["waiting"] == 0 for m in doc["models"]), within_s)
+def idle(lmx: Lmx, *models: str, within_s: float = 15.0) -> None:
+    """Wait until the workers of these models, or of all, have no request: what their heartbeats say."""
+
+    def are_idle(document: dict[str, Any]) -> bool:
+        asked = [m for m in document["models"] if not models or m["id"] in models]
+        return all(m["running"] == m["waiting"] == 0 for m in asked)
+
+    lmx.wait_status(are_idle, within_s)
 
 
 def workers_of(lmx: Lmx, model: str) -> list[int]:
