@@ -76,10 +76,9 @@ class Lmx:
     def close(self) -> None:
         """End whatever is left and remove the home; fail if a process outlived a supervisor that ended well."""
         left: list[str] = []
-        if self.process is not None:
-            if self.process.poll() is None:
-                self.stop()
-                left = [repr(process) for process in self.processes()]
+        if self._runs():
+            self.stop()
+            left = [repr(process) for process in self.processes()]
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
                 process.kill()
@@ -91,11 +90,13 @@ class Lmx:
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if process.status() != psutil.STATUS_ZOMBIE and str(self.home) in " ".join(process.cmdline()):
-                    found.append(process)
-                elif self.process is not None and process.pid == self.process.pid and self.process.poll() is None:
+                ours = self._runs() and self.process is not None and process.pid == self.process.pid
+                if ours or (process.status() != psutil.STATUS_ZOMBIE and str(self.home) in " ".join(process.cmdline())):
                     found.append(process)
         return found
+
+    def _runs(self) -> bool:
+        return self.process is not None and self.process.poll() is None
 
     # -- the command line ---------------------------------------------------------------------------------------
 

@@ -83,7 +83,7 @@ def test_row_31_nonsense_ends_the_process_after_three(stage: Stage, word: str) -
         # Of one request only the first wrong answer counts: then nobody waits for others about it.
         for _ in range(3 if word == "twice" else 1):
             call = scene.ask(f"[[{word}]]", headers=FAIL).wait()
-            assert (call.status, call.code) == (502, "protocol_error"), repr(call)
+            assert call.code == "protocol_error", repr(call)
         assert [e for e in gateway_events(stage, "protocol_error") if e["model"] == f"row-31-{word}"]
         exited = scene.exited(victim, within_s=10)
         assert exited["exit_class"] == "protocol_error"
