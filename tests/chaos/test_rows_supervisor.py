@@ -380,7 +380,7 @@ def test_row_51_the_supervisor_still_pings_after_an_exception(tiny_model: Path, 
 
 @pytest.mark.parametrize("whole_tree", [False, True])
 def test_row_52_sigterm(tiny_model: Path, figure: Figure, whole_tree: bool) -> None:
-    with stage_of(tiny_model, LMX_LIFECYCLE__DRAIN_S="6") as stage:
+    with stage_of(tiny_model, LMX_LIFECYCLE__DRAIN_S="4") as stage:
         lmx, url = stage.lmx, stage.lmx.url
         load(stage, "second")
         calls = [ask(url, model, "[[tokens 400]]", max_tokens=400) for model in (OTHER, "second") for _ in range(3)]
@@ -394,7 +394,8 @@ def test_row_52_sigterm(tiny_model: Path, figure: Figure, whole_tree: bool) -> N
         event_since(lmx, began, "supervisor_stopping")
         late = ask(url)
         assert lmx.process.wait(20) == 0
-        figure("row 52", f"ended {'(whole tree) ' if whole_tree else ''}", time.time() - began, target=6.0)
+        what = "all processes told to end, drain 4 s" if whole_tree else "told to end, requests for a second"
+        figure("row 52", what, time.time() - began, target=5.0)
         assert psutil.wait_procs(family, timeout=5)[1] == []
         for call in calls:
             call.wait(5)
