@@ -19,8 +19,9 @@ import pytest
 
 from gateway.body import BODY_TIMEOUT_S
 from gateway.server import HEAD_TIMEOUT_S
+from tests.chaos.clients import OTHER, Others
 from tests.chaos.figures import Figure
-from tests.chaos.scene import OTHER, Others, Stage
+from tests.chaos.scene import Stage
 from tests.chaos.test_rows_gateway import (
     answers,
     ask,

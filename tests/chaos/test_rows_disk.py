@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import psutil
 import pytest
 
 from protocol.paths import Home, UnsafeHomeError
+from tests.chaos.clients import OTHER, Others
 from tests.chaos.figures import Figure
-from tests.chaos.scene import OTHER, Others, Stage
+from tests.chaos.scene import Stage
 from tests.chaos.test_rows_gateway import (
     PATIENT,
     ask,
@@ -34,6 +36,7 @@ from tests.chaos.test_rows_gateway import (
     stage_of,
     unload,
 )
+from tests.fault.plan import FaultPlan
 from tests.harness import Lmx, chat, deadline
 
 STATE = ("desired", "desired.prev", "runtime", "runtime.prev")
@@ -400,7 +403,10 @@ def test_row_70_upgrade_to_another_protocol_version(tiny_model: Path, tmp_path: 
         load(stage, "second")
         before, gateway, url, since = pids(lmx), gateway_of(lmx), lmx.url, time.time()
         with Others(lmx):
-            calls = [ask(url, model, "[[tokens 1500]]", max_tokens=1500) for model in before for _ in range(2)]
+            # A second or so each; what is started next answers alike.
+            stage.faults.write_bytes(msgspec.json.encode([FaultPlan(models=(OTHER,), answer_tokens=1000)]))
+            tokens = {OTHER: 150, "second": 750}
+            calls = [ask(url, m, f"[[tokens {n}]]", max_tokens=n) for m, n in tokens.items() for _ in range(2)]
             for call in calls:
                 call.wait_chunks(3)
             (site / "version").write_text("2")

@@ -23,8 +23,9 @@ from protocol import control
 from protocol.paths import Home
 from protocol.spec import GatewaySpec, read_spec, write_spec
 from supervisor.client import Client
+from tests.chaos.clients import OTHER, Call, Others
 from tests.chaos.figures import Figure
-from tests.chaos.scene import FAIL, OTHER, Call, Others, Stage
+from tests.chaos.scene import FAIL, Stage
 from tests.harness import Lmx, chat, deadline
 
 ROOT = Path(__file__).parents[2]

@@ -16,8 +16,9 @@ import pytest
 from protocol.config import LifecycleConfig
 from supervisor.safety import Strike, crash_loop_of_supervisor
 from supervisor.statefile import StateFile
+from tests.chaos.clients import OTHER, Others
 from tests.chaos.figures import Figure
-from tests.chaos.scene import OTHER, Others, Stage
+from tests.chaos.scene import Stage
 from tests.chaos.test_rows_gateway import (
     ask,
     event_since,
@@ -92,6 +93,8 @@ if os.path.exists(f"{HERE}/clock"):
     real_time = time.time
     time.time = lambda: real_time() + offset
 """
+#: Requests of a second or so: the other model is the slower one.
+LONG = ((OTHER, "[[tokens 120]]"), ("second", "[[tokens 600]]"))
 #: Imports of a worker that take longer than a supervisor's start.
 SLOW_START = """
 import os, time
@@ -326,9 +329,9 @@ def test_row_51_exception_in_one_handler(stage: Stage, site: Path) -> None:
                 unreached.append(point)
         victim = lmx.model("second")
         os.kill(victim["pid"], signal.SIGKILL)
-        lmx.wait_model("second", other_than=victim["incarnation"], within_s=8)
+        lmx.wait_model("second", other_than=victim["incarnation"], within_s=15)
         assert ask(lmx.url, "second").wait().whole
-        lmx.wait_status(lambda doc: all(m["memory_bytes"] for m in doc["models"]), within_s=8)
+        lmx.wait_status(lambda doc: all(m["memory_bytes"] for m in doc["models"]), within_s=15)
     assert unreached == []
     assert lmx.process.poll() is None
     assert (gateway_of(lmx)["pid"], lmx.model(OTHER)["pid"]) == (gateway["pid"], other["pid"])
@@ -343,7 +346,7 @@ def test_row_51_exception_while_a_process_ends_and_starts(stage: Stage, site: Pa
     with Others(lmx):
         (site / "point").write_text(f"raise {point}")
         os.kill(victim["pid"], signal.SIGKILL)
-        lmx.wait_model("second", other_than=victim["incarnation"], within_s=8)
+        lmx.wait_model("second", other_than=victim["incarnation"], within_s=15)
         assert ask(lmx.url, "second").wait().whole
     assert not (site / "point").exists(), "the point was never reached"
     assert (gateway_of(lmx)["pid"], lmx.model(OTHER)["pid"]) == (gateway["pid"], other["pid"])
@@ -383,7 +386,7 @@ def test_row_52_sigterm(tiny_model: Path, figure: Figure, whole_tree: bool) -> N
     with stage_of(tiny_model, LMX_LIFECYCLE__DRAIN_S="4") as stage:
         lmx, url = stage.lmx, stage.lmx.url
         load(stage, "second")
-        calls = [ask(url, model, "[[tokens 400]]", max_tokens=400) for model in (OTHER, "second") for _ in range(3)]
+        calls = [ask(url, *long, max_tokens=400) for long in LONG for _ in range(3)]
         for call in calls:
             call.wait_chunks(3)
         began = time.time()
@@ -559,7 +562,7 @@ def test_row_59_sleep_and_wake(tiny_model: Path) -> None:
         load(stage, "second")
         before, gateway, family, since = pids(lmx), gateway_of(lmx), lmx.processes(), time.time()
         with Others(lmx):
-            calls = [ask(url, model, "[[tokens 1500]]", max_tokens=1500) for model in (OTHER, "second")]
+            calls = [ask(url, *long, max_tokens=1500) for long in LONG]
             for call in calls:
                 call.wait_chunks(3)
             for process in family:
