@@ -64,6 +64,16 @@ class Channel:
             self._loop.add_reader(self._sock, self._on_readable)
         return frame_body
 
+    def take_rest(self) -> list[bytes]:
+        """Return the frames of a peer that has ended, as far as nobody has received them."""
+        known = -1
+        while not self.closed and len(self._frames) != known:
+            known = len(self._frames)
+            self._on_readable()
+        rest = list(self._frames)
+        self._frames.clear()
+        return rest
+
     def take_fd(self) -> int | None:
         """Return the oldest file descriptor that arrived and was not taken; the caller owns it."""
         return self._fds.popleft() if self._fds else None

@@ -16,7 +16,7 @@ import msgspec
 from protocol import control
 from protocol.channel import Channel, ChannelClosedError
 from protocol.config import Config
-from protocol.messages import Message, encode
+from protocol.messages import MalformedMessageError, Message, encode
 from protocol.paths import Home
 from protocol.states import ModelState, Phase
 from supervisor import events as ev
@@ -94,6 +94,7 @@ class Host:
         self._random = random.Random()  # noqa: S311 - spreads delays
         self.launcher = Launcher(home, config, platform)
         self.breaker = Breaker()
+        self._decoder = control.to_supervisor_decoder()
         self.crashes = CrashStore(home.crashes)
         self.report_folders = report_folders()
         #: The newest crash record of each model, and what a gateway said of a crash before we saw it.
@@ -257,6 +258,7 @@ class Host:
 
     def _ended(self, managed: Managed, returncode: int | None) -> None:
         slot, seen_at = managed.slot, time.time()
+        self._hear_last_words(managed)
         asked = slot.state is ModelState.STOPPING or not slot.wanted
         tail = "" if managed.box is None else managed.box.tail()
         end = classify(
@@ -317,6 +319,14 @@ class Host:
         elif self.find(model) is not None:
             self._casualties = {key: value for key, value in self._casualties.items() if key[0] != model}
             self._casualties[model, incarnation] = named
+
+    def _hear_last_words(self, managed: Managed) -> None:
+        """Its last frame may have arrived in the same moment as its end, and be unread."""
+        for body in () if managed.channel is None else managed.channel.take_rest():
+            with contextlib.suppress(MalformedMessageError):
+                message = self._decoder.decode(body)
+                if isinstance(message, control.Dying):
+                    managed.last_words = message.message
 
     def _jetsam(self, managed: Managed) -> bool:
         since = time.time() if managed.box is None else managed.box.since_unix

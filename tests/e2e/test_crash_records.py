@@ -9,7 +9,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.harness import Lmx, chat
+from tests.harness import Lmx, chat, deadline
 
 FAULT = {"LMX_WORKER__MODULE": "tests.fault"}
 
@@ -79,4 +79,7 @@ def test_a_hang_is_recorded_with_the_stacks(lmx: Lmx, tiny_model: Path) -> None:
     exited = lmx.wait_event("process_exited")
     assert exited["exit_class"] == "hang"
     folder = lmx.home / "crashes" / exited["crash"]
+    for _ in deadline(10):  # the record follows the journal's line
+        if folder.is_dir():
+            break
     assert any("step" in file.read_text() for file in folder.iterdir() if "stack" in file.name), list(folder.iterdir())
