@@ -331,7 +331,7 @@ def _safe_line(line: str) -> str:
     frame = _FRAME.fullmatch(whole)
     if frame is not None:
         return _safe_frame(line, frame)
-    if whole.startswith("Exception in thread "):
+    if whole.strip().startswith("Exception in thread"):
         return "Exception in thread:"
     prefix = _prefix(whole)
     known = known_text(whole[len(prefix) :])
