@@ -13,9 +13,12 @@ from protocol.data import (
     MAX_FRAME_BYTES,
     Abort,
     Accepted,
+    Embedded,
     Failed,
+    Ranked,
     Refused,
     Step,
+    Tokenized,
     from_worker_decoder,
 )
 from protocol.errors import LmxError, from_peer
@@ -189,12 +192,18 @@ class WorkerPeer:
         else:
             self._on_single(message)
 
-    def _on_single(self, message: Accepted | Refused | Failed) -> None:
+    def _on_single(self, message: Accepted | Refused | Failed | Embedded | Ranked | Tokenized) -> None:
         request = self._requests.get(message.rid)
         if request is None or request.ended:
             return
         if isinstance(message, Accepted):
             if not request.accept(message.prompt_tokens, message.cached_tokens):
+                self._out_of_turn(request)
+            return
+        if isinstance(message, Embedded | Ranked | Tokenized):
+            if request.complete(message):
+                self._ended_by_worker(request)
+            else:
                 self._out_of_turn(request)
             return
         if message.code == _CRASHED:

@@ -19,7 +19,8 @@ _SHOWN_DIGITS: Final = 8
 
 def digest_of(model: str, submit: Submit) -> bytes:
     """Return what two requests have in common if and only if a model would do the same with both."""
-    return hashlib.sha256(msgspec.msgpack.encode((model, submit.kind, submit.messages, submit.sampling))).digest()
+    asked = (model, submit.kind, submit.messages, submit.sampling, submit.options, submit.inputs)
+    return hashlib.sha256(msgspec.msgpack.encode(asked)).digest()
 
 
 def shown(digest: bytes) -> str:

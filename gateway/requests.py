@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Final, Protocol
 
 from gateway.quarantine import digest_of
-from protocol.data import Delta, Finish, Resume, Submit, Usage
+from protocol.data import Delta, Embedded, Finish, Ranked, Resume, Submit, Tokenized, Usage
 from protocol.errors import LmxError
 
 _EPOCH_BITS: Final = 31
@@ -80,6 +80,8 @@ class Request:
         self.error: LmxError | None = None
         self.finish: Finish | None = None
         self.usage: Usage | None = None
+        #: The answer to what is answered with one message.
+        self.result: Embedded | Ranked | Tokenized | None = None
         self.prompt_tokens = 0
         self.cached_tokens = 0
         #: All of the answer so far, in whichever process: never more than its max_tokens.
@@ -134,6 +136,11 @@ class Request:
             client=submit.client,
             priority=submit.priority,
             resume=Resume(self.tokens) if self.tokens else None,
+            options=submit.options,
+            inputs=submit.inputs,
+            echo=submit.echo,
+            group=submit.group,
+            dimensions=submit.dimensions,
         )
 
     def submitted(self) -> None:
@@ -184,6 +191,15 @@ class Request:
                 self.owner.on_mark(self)
         if self._streams or self.ended:
             self.wake()
+        return True
+
+    def complete(self, result: Embedded | Ranked | Tokenized) -> bool:
+        """Take an answer that is one message. Return False if that makes no sense now."""
+        if self.state is not RequestState.SUBMITTED and self.state is not RequestState.ACCEPTED:
+            return False
+        self.result = result
+        self._end(RequestState.FINISHED)
+        self.wake()
         return True
 
     def fail(self, error: LmxError) -> None:

@@ -8,6 +8,8 @@ allows. The pieces together are exactly the decoded whole.
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from worker.jobs import NOTHING, Said
+
 Decode = Callable[[list[int]], str]
 
 _INCOMPLETE: Final = "\ufffd"
@@ -101,11 +103,16 @@ class AnswerText:
         """Whether a stop string was met; nothing comes after it."""
         return self._stops.hit
 
-    def add(self, token: int) -> str:
+    @property
+    def called(self) -> bool:
+        """Plain text calls nothing."""
+        return False
+
+    def add(self, token: int) -> Said:
         """Return the text that is now certain."""
         text = self._tokens.add(token)
-        return self._stops.add(text) if text else ""
+        return Said(self._stops.add(text)) if text else NOTHING
 
-    def finish(self) -> str:
+    def finish(self) -> Said:
         """Return the text held back for a stop string; half a character at the very end is dropped."""
-        return self._stops.finish()
+        return Said(self._stops.finish())

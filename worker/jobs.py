@@ -6,13 +6,20 @@ other: both directions are queues, and `Status` is a handful of attributes that 
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 
 from protocol.control import Capabilities
-from protocol.data import Submit
+from protocol.data import Submit, ToolDelta
 from protocol.states import Phase, WorkerExit
+
+
+class Constraint(Protocol):
+    """Keeps one answer to a grammar. Made by the IO thread, then used by the main thread only."""
+
+    def __call__(self, said: Sequence[int], logits: Any) -> Any:
+        """Return a row of logits (1, vocabulary) with every token that may not come after `said` at -inf."""
 
 
 class Job(msgspec.Struct, frozen=True, gc=False):
@@ -28,6 +35,20 @@ class Job(msgspec.Struct, frozen=True, gc=False):
     top_p: float = 1.0
     seed: int | None = None
     said: list[int] = []
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    #: How many of the likeliest tokens to report for each token besides itself; None reports nothing.
+    logprobs: int | None = None
+    #: Whether the tokens of the prompt are reported too.
+    echo: bool = False
+    #: Called with the tokens of the answer so far and one row of logits, returns the row: a grammar at work.
+    constraint: "Constraint | None" = None
+    #: Jobs with the same number, not 0, have the same prompt and may share its prefill.
+    group: int = 0
 
 
 class Remove(msgspec.Struct, frozen=True, gc=False):
@@ -110,17 +131,32 @@ class Backend(Protocol):
         """Run one decode step and one prefill chunk; return what was decoded."""
 
 
+class Said(NamedTuple):
+    """What an answer gained, of each kind."""
+
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: Sequence[ToolDelta] = ()
+
+
+NOTHING: Final = Said()
+
+
 class Answer(Protocol):
-    """Turns the tokens of one request into text that may be shown. Called by the IO thread only."""
+    """Turns the tokens of one request into what may be shown. Called by the IO thread only."""
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string was met."""
+        """Whether a stop string was met; nothing comes after it."""
 
-    def add(self, token: int) -> str:
-        """Return the text that is now certain."""
+    @property
+    def called(self) -> bool:
+        """Whether the answer is, or ends with, tool calls."""
 
-    def finish(self) -> str:
+    def add(self, token: int) -> Said:
+        """Return what is now certain."""
+
+    def finish(self) -> Said:
         """Return what was held back, at the end of the generation."""
 
 
@@ -130,6 +166,7 @@ class Prepared(msgspec.Struct, frozen=True):
     prompt: list[int]
     max_tokens: int
     answer: Answer
+    constraint: Constraint | None = None
 
 
 class Loaded(msgspec.Struct, frozen=True):

@@ -4,15 +4,29 @@ from typing import Final
 
 import msgspec
 
-from protocol.data import Accepted, Delta, Failed, Finish, Refused, Step, Usage
+from protocol.data import (
+    Accepted,
+    Delta,
+    Embedded,
+    Failed,
+    Finish,
+    Ranked,
+    Refused,
+    Step,
+    Tokenized,
+    TokenLogprob,
+    ToolDelta,
+    Usage,
+)
 from worker.requests import Reply
 
 #: Unsent bytes of one answer after which it is given up.
 MAX_UNSENT_BYTES: Final = 1024 * 1024
 #: Unsent refusals and the like after which the gateway counts as gone.
 MAX_UNSENT_MESSAGES: Final = 4096
-#: A token id on the wire takes up to this many bytes.
+#: A token id on the wire takes up to this many bytes, and so do the numbers around a text.
 _TOKEN_BYTES: Final = 5
+_LOGPROB_BYTES: Final = 32
 
 
 class OutboxFullError(Exception):
@@ -28,6 +42,39 @@ class _Unsent(msgspec.Struct):
     size: int = 0
     finish: Finish | None = None
     usage: Usage | None = None
+    reasoning: list[str] = []
+    tool_calls: list[ToolDelta] = []
+    logprobs: list[TokenLogprob] = []
+
+    def delta(self, rid: int) -> Delta:
+        """Return them merged."""
+        return Delta(
+            rid,
+            "".join(self.text),
+            self.token_ids,
+            self.finish,
+            self.usage,
+            "".join(self.reasoning),
+            self.tool_calls,
+            self.logprobs,
+        )
+
+    def add(self, delta: Delta) -> None:
+        """Take one more."""
+        self.text.append(delta.text)
+        self.token_ids += delta.token_ids
+        self.finish = delta.finish
+        self.usage = delta.usage
+        self.size += len(delta.text.encode()) + _TOKEN_BYTES * len(delta.token_ids)
+        if delta.reasoning:
+            self.reasoning.append(delta.reasoning)
+            self.size += len(delta.reasoning.encode())
+        for call in delta.tool_calls:
+            self.tool_calls.append(call)
+            self.size += len(call.arguments.encode()) + len(call.id) + len(call.name.encode()) + _TOKEN_BYTES
+        for logprob in delta.logprobs:
+            self.logprobs.append(logprob)
+            self.size += _LOGPROB_BYTES * (1 + len(logprob.top))
 
 
 class Outbox:
@@ -37,7 +84,7 @@ class Outbox:
     """
 
     def __init__(self) -> None:
-        self._first: list[Accepted | Refused] = []
+        self._first: list[Accepted | Refused | Embedded | Ranked | Tokenized] = []
         self._deltas: dict[int, _Unsent] = {}
         self._last: list[Failed] = []
 
@@ -67,8 +114,7 @@ class Outbox:
             return self._first[0]
         if self._deltas:
             rid, unsent = next(iter(self._deltas.items()))
-            delta = Delta(rid, "".join(unsent.text), unsent.token_ids, unsent.finish, unsent.usage)
-            return Step(incarnation, unsent.step, [delta])
+            return Step(incarnation, unsent.step, [unsent.delta(rid)])
         return self._last[0]
 
     def pop(self) -> None:
@@ -85,11 +131,7 @@ class Outbox:
         if unsent is None:
             unsent = self._deltas[delta.rid] = _Unsent(step, [], [])
         unsent.step = step
-        unsent.text.append(delta.text)
-        unsent.token_ids += delta.token_ids
-        unsent.size += len(delta.text.encode()) + _TOKEN_BYTES * len(delta.token_ids)
-        unsent.finish = delta.finish
-        unsent.usage = delta.usage
+        unsent.add(delta)
         if unsent.size <= MAX_UNSENT_BYTES:
             return True
         del self._deltas[delta.rid]

@@ -7,13 +7,26 @@ sockets or MLX. A request is `waiting` (in our own queue) or `running` (handed t
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from protocol.data import Abort, Accepted, Delta, Failed, Finish, Refused, Step, Submit, Usage
+from protocol.data import (
+    Abort,
+    Accepted,
+    Delta,
+    Embedded,
+    Failed,
+    Finish,
+    Ranked,
+    Refused,
+    Step,
+    Submit,
+    Tokenized,
+    Usage,
+)
 from protocol.errors import ERRORS, LmxError
 from protocol.logs import event, exception_event
 from worker.entry import Limits, Request, enter
-from worker.jobs import AT_LENGTH, AT_STOP, GOES_ON, Command, Prepared, Remove, Stepped
+from worker.jobs import AT_LENGTH, AT_STOP, GOES_ON, NOTHING, Command, Prepared, Remove, Said, Stepped
 
-Reply = Accepted | Step | Refused | Failed
+Reply = Accepted | Step | Refused | Failed | Embedded | Ranked | Tokenized
 
 NEVER: Final = float("inf")
 
@@ -120,19 +133,23 @@ class Book:
     def _advance(self, request: Request, token: int, end: int, now: float) -> Delta:
         request.completion_tokens += 1
         answer = request.answer
-        text = "" if end == AT_STOP else answer.add(token)
+        said = NOTHING if end == AT_STOP else answer.add(token)
         if answer.stopped:
             if end == GOES_ON:
                 self._command(Remove([request.job.id]))
             finish = Finish.STOP
         elif end == GOES_ON:
-            return Delta(request.rid, text, [token])
+            if said.reasoning or said.tool_calls:
+                return Delta(request.rid, said.text, [token], None, None, said.reasoning, list(said.tool_calls))
+            return Delta(request.rid, said.text, [token])
         else:
-            text += answer.finish()
+            said = _joined(said, answer.finish())
             finish = Finish.LENGTH if end == AT_LENGTH else Finish.STOP
+        if answer.called and finish is Finish.STOP:
+            finish = Finish.TOOL_CALLS
         self._close(request, finish.name.lower(), now)
         usage = Usage(len(request.job.prompt), request.completion_tokens)
-        return Delta(request.rid, text, [token], finish, usage)
+        return Delta(request.rid, said.text, [token], finish, usage, said.reasoning, list(said.tool_calls))
 
     # -- what time and the supervisor say ---------------------------------------------------------------------
 
@@ -180,9 +197,12 @@ class Book:
         stopped = request.answer.stopped
         usage = Usage(len(request.job.prompt), request.completion_tokens)
         finish = Finish.STOP if stopped else Finish.LENGTH
-        text = "" if stopped else request.answer.finish()
+        said = NOTHING if stopped else request.answer.finish()
+        if request.answer.called and finish is Finish.STOP:
+            finish = Finish.TOOL_CALLS
         self._send(request.gateway, Accepted(self._incarnation, request.rid, usage.prompt_tokens))
-        self._send(request.gateway, Step(self._incarnation, 0, [Delta(request.rid, text, [], finish, usage)]))
+        last = Delta(request.rid, said.text, [], finish, usage, said.reasoning, list(said.tool_calls))
+        self._send(request.gateway, Step(self._incarnation, 0, [last]))
         event("request_already_whole", trace=request.trace, rid=request.rid, completion_tokens=usage.completion_tokens)
 
     def _busy(self, why: str) -> LmxError:
@@ -256,6 +276,10 @@ class Book:
             completion_tokens=request.completion_tokens,
             ms=round((now - request.received_at) * 1000),
         )
+
+
+def _joined(first: Said, then: Said) -> Said:
+    return Said(first.text + then.text, first.reasoning + then.reasoning, [*first.tool_calls, *then.tool_calls])
 
 
 def _timed_out() -> LmxError:

@@ -13,16 +13,25 @@ from protocol.data import (
     Abort,
     Accepted,
     ChatMessage,
+    ChatOptions,
     Delta,
+    Embedded,
     Failed,
     Finish,
     FromWorker,
     Kind,
+    Ranked,
     Refused,
     Resume,
     Sampling,
     Step,
     Submit,
+    Tokenized,
+    TokenLogprob,
+    ToolCall,
+    ToolChoice,
+    ToolDelta,
+    TopLogprob,
     ToWorker,
     Usage,
     from_worker_decoder,
@@ -37,23 +46,40 @@ GOLDEN: tuple[tuple[Any, str], ...] = (
             7,
             2**63 + 1,
             Kind.CHAT,
-            [ChatMessage("system", "Be brief."), ChatMessage("user", "Grüße 🌍", "ada")],
-            Sampling(64, 0.5, 0.9, 42, ("END", "\n\n")),
+            [
+                ChatMessage("system", "Be brief."),
+                ChatMessage("user", "Grüße 🌍", "ada"),
+                ChatMessage("assistant", "", None, (ToolCall("call_1", "f", "{}"),), None, "Hm."),
+                ChatMessage("tool", "4", tool_call_id="call_1"),
+            ],
+            Sampling(64, 0.5, 0.9, 42, ("END", "\n\n"), 40, 0.1, 0.2, 0.3, 1.1, {5: -100.0}, 2),
             30.0,
             "req-1",
             "10.0.0.2",
             3,
             Resume([5, 6]),
+            ChatOptions(b"[]", ToolChoice.NAMED, "f", False, True, b"{}", b"{}", True, "low", True),
+            ["text", [1, 2]],
+            True,
+            9,
+            256,
         ),
         (
-            "9b0107cf8000000000000001019293a673797374656da942652062726965662ec093a475736572ac4772c3bcc39f6520"
-            "f09f8c8da36164619540cb3fe0000000000000cb3feccccccccccccd2a92a3454e44a20a0acb403e000000000000a572"
-            "65712d31a831302e302e302e320391920506"
+            "dc00100107cf8000000000000001019496a673797374656da942652062726965662ec090c0c096a475736572ac4772c3"
+            "bcc39f6520f09f8c8da361646190c0c096a9617373697374616e74a0c09193a663616c6c5f31a166a27b7dc0a3486d2e"
+            "96a4746f6f6ca134c090a663616c6c5f31c09c40cb3fe0000000000000cb3feccccccccccccd2a92a3454e44a20a0a28"
+            "cb3fb999999999999acb3fc999999999999acb3fd3333333333333cb3ff199999999999a8105cbc05900000000000002"
+            "cb403e000000000000a57265712d31a831302e302e302e3203919205069ac4025b5d04a166c2c3c4027b7dc4027b7dc3"
+            "a36c6f77c392a474657874920102c309cd0100"
         ),
     ),
     (
         Submit(1, 1, Kind.CHAT, [ChatMessage("user", "hi")], Sampling(), 900.0),
-        ("9b010101019193a475736572a26869c095c0cb3fe6666666666666cb3ff0000000000000c090cb408c200000000000a0a000c0"),
+        (
+            "dc0010010101019196a475736572a26869c090c0c09cc0cb3fe6666666666666cb3ff0000000000000c09000cb000000"
+            "0000000000cb0000000000000000cb0000000000000000cb3ff000000000000080c0cb408c200000000000a0a000c0c0"
+            "90c20000"
+        ),
     ),
     (
         Abort(7, [1, 2**64 - 1]),
@@ -64,12 +90,43 @@ GOLDEN: tuple[tuple[Any, str], ...] = (
         "952107010c04",
     ),
     (
-        Step(7, 99, [Delta(1, "a", [5]), Delta(2, "", [6, 7], Finish.STOP, Usage(12, 3, 4))]),
-        "94220763929501a1619105c0c09502a092060701930c0304",
+        Step(
+            7,
+            99,
+            [
+                Delta(1, "a", [5]),
+                Delta(
+                    2,
+                    "",
+                    [6, 7],
+                    Finish.TOOL_CALLS,
+                    Usage(12, 3, 4),
+                    "Hm.",
+                    [ToolDelta(0, "call_1", "f", "{")],
+                    [TokenLogprob("a", -0.5, b"a", [TopLogprob("b", -1.5, b"b")]), TokenLogprob("c", None, b"c")],
+                ),
+            ],
+        ),
+        (
+            "94220763929801a1619105c0c0a090909802a092060703930c0304a3486d2e919400a663616c6c5f31a166a17b9294a1"
+            "61cbbfe0000000000000c401619193a162cbbff8000000000000c4016294a163c0c4016390"
+        ),
     ),
     (
         Refused(7, 1, "server_busy", "Try again later.", "messages", 5),
         "97230701ab7365727665725f62757379b054727920616761696e206c617465722ea86d6573736167657305",
+    ),
+    (
+        Embedded(7, 1, [b"\x00\x00\x80\x3f"], 12),
+        "9525070191c4040000803f0c",
+    ),
+    (
+        Ranked(7, 1, [0.5, 0.25], 12),
+        "9526070192cb3fe0000000000000cb3fd00000000000000c",
+    ),
+    (
+        Tokenized(7, 1, [1, 2], "a b"),
+        "95270701920102a3612062",
     ),
     (
         Failed(7, 1, "worker_crashed", "It ended.", True),
@@ -115,7 +172,8 @@ def test_fields_with_defaults_may_be_missing(message: Any, golden: str) -> None:
     shorter = msgspec.msgpack.decode(bytes.fromhex(golden))[: 1 + required]
     old = decoder_of(message).decode(msgspec.msgpack.encode(shorter))
     for field in fields[required:]:
-        assert getattr(old, field.name) == (field.default if field.default is not msgspec.NODEFAULT else ())
+        default = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
+        assert getattr(old, field.name) == default
 
 
 def test_no_optional_field_stands_before_a_required_one() -> None:

@@ -74,13 +74,13 @@ def test_tokens_that_cut_characters_make_the_same_text(text: str, stops: list[st
     answer = AnswerText(token_text(), StopStrings(stops))
     shown = ""
     for byte in text.encode():
-        piece = answer.add(byte)
+        piece = answer.add(byte).text
         assert "\ufffd" not in piece or "\ufffd" in text
         shown += piece
         if answer.stopped:
             break
     if not answer.stopped:
-        shown += answer.finish()
+        shown += answer.finish().text
     assert shown == reference(text, stops)
 
 
@@ -96,8 +96,8 @@ def test_any_bytes_give_what_decoding_them_at_once_gives(data: bytes) -> None:
 
 def test_an_unfinished_character_is_held_and_then_dropped() -> None:
     answer = AnswerText(token_text(), StopStrings(()))
-    assert [answer.add(byte) for byte in "a🌍".encode()[:-1]] == ["a", "", "", ""]
-    assert answer.finish() == ""
+    assert [answer.add(byte).text for byte in "a🌍".encode()[:-1]] == ["a", "", "", ""]
+    assert answer.finish().text == ""
 
 
 def test_bytes_that_never_become_a_character_are_not_held_for_ever() -> None:

@@ -113,4 +113,4 @@ def test_a_model_without_a_template_continues_a_transcript(tokenizer: Any, monke
 def test_the_text_of_special_tokens_never_appears(tokenizer: Any) -> None:
     answer = maker(tokenizer).prepare(submit()).answer
     ids = tokenizer.encode(" the<|im_start|> sea<|endoftext|> of", add_special_tokens=False)
-    assert "".join(answer.add(token) for token in ids) == " the sea of"
+    assert "".join(answer.add(token).text for token in ids) == " the sea of"
