@@ -10,10 +10,10 @@ from typing import Any, Final
 from gateway.app import build_app
 from gateway.catalog import CatalogView
 from gateway.control import ControlClient, Lease
-from gateway.pool import WorkerPool
+from gateway.pool import Report, WorkerPool
 from gateway.server import Server
 from gateway.traffic import Traffic
-from protocol.control import Casualties, Catalog, GatewayHeartbeat
+from protocol.control import Catalog, GatewayHeartbeat
 from protocol.errors import LmxError
 from protocol.logs import event, exception_event
 from protocol.spec import GatewaySpec
@@ -101,8 +101,8 @@ class Service:
         event("gateway_told_to_stop", reason=reason)
         self._end(WorkerExit.ASKED)
 
-    def _report(self, casualties: Casualties) -> None:
-        self._control.casualties(casualties)
+    def _report(self, report: Report) -> None:
+        self._control.report(report)
 
     # -- ending -------------------------------------------------------------------------------------------------
 

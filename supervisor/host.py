@@ -55,6 +55,8 @@ class Managed:
     heartbeat: control.Heartbeat | None = None
     memory_bytes: int | None = None
     last_words: str = ""
+    #: The class of its end, if we end it for what others saw of it.
+    verdict: str = ""
     box: BlackBox | None = None
     #: The process speaks another protocol version: it can only be replaced.
     foreign: bool = False
@@ -209,7 +211,7 @@ class Host:
         self.incarnation += 1
         incarnation = self.incarnation
         degraded = bool(managed.model) and managed.slot.next_degraded(self.config.lifecycle)
-        managed.last_words = ""
+        managed.last_words = managed.verdict = ""
         managed.box = BlackBox(self.home.logs / f"{managed.name}.out")
         managed.heartbeat = managed.memory_bytes = managed.capabilities = None
         if managed.model:
@@ -268,6 +270,7 @@ class Host:
             hung=bool(slot.condemned),
             last_words=managed.last_words or slot.condemned,
             stderr_tail=tail,
+            verdict=managed.verdict,
             jetsam=returncode == -signal.SIGKILL and self._jetsam(managed),
         )
         crash = "" if end.name == "asked" else crash_id(seen_at, managed.name, slot.incarnation)
@@ -319,6 +322,13 @@ class Host:
         elif self.find(model) is not None:
             self._casualties = {key: value for key, value in self._casualties.items() if key[0] != model}
             self._casualties[model, incarnation] = named
+
+    def condemn(self, model: str, incarnation: int) -> None:
+        """End a worker that a gateway cannot understand."""
+        managed = self.find(model)
+        if managed is not None and managed.slot.incarnation == incarnation and managed.slot.alive:
+            managed.verdict = "protocol_error"
+            self.feed(managed, ev.Condemned("sent unreadable messages to the gateway"))
 
     def _hear_last_words(self, managed: Managed) -> None:
         """Its last frame may have arrived in the same moment as its end, and be unread."""

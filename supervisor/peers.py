@@ -120,6 +120,8 @@ class Peers:
                 feed(managed, ev.Beat(Phase.IDLE, 0))
             case control.Casualties(model, incarnation, requests):
                 self._host.name_casualties(model, incarnation, requests)
+            case control.Misbehaved(model, incarnation):
+                self._host.condemn(model, incarnation)
             case control.Dying(_, words):
                 managed.last_words = words
             case control.Drained():
