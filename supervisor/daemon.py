@@ -51,7 +51,7 @@ class Daemon:
         self._announce: Callable[[str, str], None] | None = announce
         self._platform = current_platform()
         self._journal = Journal(home.state / "events.jsonl")
-        self._store = Store(home, self._platform)
+        self._store = Store(home, self._platform, self._journal.write)
         self._intent = Intent(home, config, self._store, self._journal)
         self._changes = Changes()
         self._host = Host(home, config, self._platform, self._journal, self._changed)

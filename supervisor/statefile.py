@@ -44,13 +44,19 @@ class _NewerSchemaError(Exception):
 
 
 class StateFile:
-    """One durable document, owned by one process. `sync` makes a descriptor's data survive a power loss."""
+    """One durable document, owned by one process. `sync` makes a descriptor's data survive a power loss.
 
-    def __init__(self, file: Path, *, kind: str, schema: int, sync: Callable[[int], None] = os.fsync) -> None:
+    `shape` is the type of the payload: a whole file with another content is as unusable as a damaged one.
+    """
+
+    def __init__(
+        self, file: Path, *, kind: str, schema: int, sync: Callable[[int], None] = os.fsync, shape: Any = Any
+    ) -> None:
         self._file = file
         self._kind = kind
         self._schema = schema
         self._sync = sync
+        self._shape = shape
         self._sequence = 0
         self._read_only = False
 
@@ -142,7 +148,10 @@ class StateFile:
             reason = f"{file} has schema {header.schema}; this version knows {self._schema} and leaves it as it is"
             raise _NewerSchemaError(reason)
         try:
-            payload = msgspec.json.decode(body)
+            payload = msgspec.convert(msgspec.json.decode(body), self._shape)
+        except msgspec.ValidationError as error:
+            reason = f"the contents have another shape: {error!s:.200}"
+            raise _UnusableError(reason) from None
         except _UNREADABLE:
             reason = "the contents are not JSON"
             raise _UnusableError(reason) from None

@@ -3,6 +3,8 @@
 import errno
 import hashlib
 import json
+import random
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -122,7 +124,7 @@ def test_state_of_a_newer_version_is_not_durable_and_says_why(home: Home, store:
     with logged() as seen:
         assert store.load() == (None, Runtime())
         store.save_desired(DESIRED)
-    assert names(seen) == ["state_recovered", "state_not_durable"]
+    assert names(seen) == ["state_recovered", "runtime_state_load_failed", "state_not_durable"]
     assert "newer version" in store.problem
 
 
@@ -157,6 +159,69 @@ def test_a_whole_file_of_the_wrong_shape_is_reported_and_not_taken(home: Home, s
     assert failed
     store.save_desired(DESIRED)
     assert store.load()[0] == DESIRED
+
+
+@pytest.mark.parametrize("name", ["desired", "runtime"])
+@pytest.mark.parametrize("payload", [[], 7, {"models": 1, "pid": "x"}, {"models": [{}], "children": [{"pid": 1}]}])
+def test_a_whole_file_of_the_wrong_shape_gives_the_previous_one_and_says_so_in_the_journal(
+    home: Home, name: str, payload: object
+) -> None:
+    journal = Journal(home.state / "events.jsonl")
+    store = Store(home, current_platform(), journal.write)
+    for number in (1, 2):  # the first of these becomes the previous one
+        store.save_desired(Desired(unloaded=(f"model-{number}",)))
+        store.save_runtime(Runtime(pid=number))
+    raw(home.state / name, f"lmx.{name}", msgspec.json.encode(payload))
+    desired, runtime = Store(home, current_platform(), journal.write).load()
+    assert desired == Desired(unloaded=("model-1" if name == "desired" else "model-2",))
+    assert runtime.pid == (1 if name == "runtime" else 2)
+    (entry,) = lines(home.state / "events.jsonl")
+    assert (entry["event"], entry["file"]) == ("state_recovered", name)
+    assert entry["reason"].startswith(f"{name}: the contents have another shape: ")
+    assert (home.state / f"{name}.bad").exists(), "kept aside for whoever wants to know"
+
+
+@pytest.mark.parametrize("number", [-1, 2**53, 10**400])
+def test_a_number_that_could_not_be_written_again_or_signalled_is_not_taken(home: Home, number: int) -> None:
+    for field in ("incarnation", "pid"):
+        raw(home.state / "runtime", "lmx.runtime", b'{"%s":%d}' % (field.encode(), number))
+        store = Store(home, current_platform())
+        with logged():
+            _, runtime = store.load()
+        assert runtime == Runtime()
+        store.save_runtime(runtime)
+        assert store.durable
+    child = {"slot": "", "model": "", "incarnation": 1, "pid": 0, "started": 1.0}
+    raw(home.state / "runtime", "lmx.runtime", json.dumps({"children": [child]}).encode())
+    with logged():
+        assert Store(home, current_platform()).load()[1].children == (), "pid 0 is our own process group"
+
+
+def test_no_payload_with_a_good_checksum_raises_and_what_is_taken_can_be_saved_again(
+    home: Home, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.fsync", lambda _: None)  # a thousand of them are not what is tested
+    chance = random.Random(20_260_102)
+    whole = msgspec.json.encode(RUNTIME), msgspec.json.encode(DESIRED)
+    values = [b"null", b"-1", b"[]", b"{}", b'"x"', b"1e400", b"9" * 400, b"true", b"[[1]]", b'"\\ud800"']
+    taken = 0
+    for _ in range(300):
+        for name, payload in zip(("runtime", "desired"), whole, strict=True):
+            found = [m.span() for m in re.finditer(rb'(?:"[^"]*"|[0-9.]+)(?!:)|[\[{]', payload)]
+            start, end = chance.choice(found)
+            damaged = payload[:start] + chance.choice(values) + payload[end:]
+            raw(home.state / name, f"lmx.{name}", damaged)
+        store = Store(home, disk)  # type: ignore[arg-type]
+        with logged() as seen:
+            desired, runtime = store.load()
+            store.save_runtime(runtime)
+            store.save_desired(desired or Desired())
+        assert store.durable, store.problem
+        assert names(seen).count("state_not_durable") == 0
+        taken += desired is not None
+        for file in home.state.iterdir():
+            file.unlink()
+    assert 0 < taken < 300
 
 
 def test_unknown_fields_of_a_later_release_are_ignored(home: Home, store: Store) -> None:
