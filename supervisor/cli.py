@@ -13,7 +13,7 @@ import msgspec
 
 from protocol import __version__, control
 from protocol.messages import Message
-from protocol.paths import Home, default_home
+from protocol.paths import Home, UnsafeHomeError, default_home, expanded
 from protocol.states import CliExit
 from supervisor.client import Client, UnreachableError, WaitedTooLongError
 
@@ -58,7 +58,10 @@ def _reports(command: Callable[P, None]) -> Callable[P, None]:
 @click.pass_context
 def cli(context: click.Context, home: Path | None) -> None:
     """A local LLM server that does not fall over: each model in a process of its own, supervised."""
-    context.obj = Home(home.expanduser() if home else default_home())
+    try:
+        context.obj = Home(expanded(home) if home else default_home())
+    except UnsafeHomeError as error:
+        _fail(str(error), CliExit.BAD_CONFIG)
 
 
 @cli.command()
@@ -263,8 +266,6 @@ def _fetched(home: Home, model: str) -> Any:
 
 
 def _ensure(home: Home) -> None:
-    from protocol.paths import UnsafeHomeError
-
     try:
         home.ensure()
     except UnsafeHomeError as error:

@@ -123,6 +123,8 @@ class Daemon:
             panic=self._panic_since,
         )
         expected = adoption.living(self._before, self._platform)
+        for child in adoption.stale(self._before, self._platform):
+            self._journal.write("stale_identity", level="WARNING", model=child.model, slot=child.slot, pid=child.pid)
         numbers = adoption.leftovers(self._home).values()
         self._host.incarnation = max(self._before.incarnation, *numbers, 0)
         event(
