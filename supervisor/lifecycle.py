@@ -305,7 +305,7 @@ def _tick(slot: Slot, late_s: float, now: float, config: LifecycleConfig) -> Out
         return slot, ()
     why = min(due)[1] if len(due) == 1 else next((w for _, w in sorted(due) if w not in _MILD), min(due)[1])
     if slot.state is ModelState.STOPPING:
-        return _insist(slot)
+        return _insist(slot, now)
     if why == "stable":
         return msgspec.structs.replace(slot, probing=False, probes=0, history=History()), ()
     if why == "late":
@@ -323,10 +323,11 @@ def _probe(slot: Slot, now: float) -> Slot:
     return _to(slot, ModelState.STARTING, now, retry_at=now, probe_at=0.0, probes=slot.probes + 1, probing=True)
 
 
-def _insist(slot: Slot) -> Outcome:
+def _insist(slot: Slot, now: float) -> Outcome:
     if slot.condemned and not slot.terminated:
         return msgspec.structs.replace(slot, terminated=True), (Action.TERMINATE,)
-    return msgspec.structs.replace(slot, killed=True), (Action.KILL,)
+    # From now on: a process that survives SIGKILL is looked at again in an hour, not without pause after one.
+    return _to(slot, ModelState.STOPPING, now, killed=True), (Action.KILL,)
 
 
 def _forget_time(slot: Slot, now: float) -> Slot:
