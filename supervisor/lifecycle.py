@@ -42,6 +42,8 @@ def advance(slot: Slot, event: Event, now: float, settings: Settings) -> Outcome
             return _adopted(slot, pid, incarnation, phase, now), ()
         case ev.Exited(record, luck):
             return _exited(slot, record, luck, now, settings), ()
+        case ev.Reclassified(was, record):
+            return _reclassified(slot, was, record), ()
         case ev.SpawnFailed(record, luck):
             return _failed(slot, record, luck, now, settings), ()
         case ev.Condemned(reason):
@@ -230,6 +232,16 @@ def _failed(slot: Slot, record: ExitRecord, luck: float, now: float, settings: S
         why = verdict.why or "failed again when it was tried"
         return _set_aside(gone, f"{why}; last: {record.reason}", now, settings)
     return _to(gone, ModelState.BACKOFF, now, retry_at=now + verdict.delay_s, reason=record.reason)
+
+
+def _reclassified(slot: Slot, was: ExitRecord, record: ExitRecord) -> Slot:
+    if slot.last_exit != was:
+        return slot
+    slot = msgspec.structs.replace(slot, last_exit=record)
+    if slot.state is not ModelState.BACKOFF:
+        return slot
+    retry_at = max(slot.retry_at, slot.since + record.extra_delay_s)
+    return msgspec.structs.replace(slot, retry_at=retry_at, reason=record.reason)
 
 
 def _set_aside(slot: Slot, reason: str, now: float, settings: Settings) -> Slot:

@@ -88,26 +88,30 @@ class Process:
         return self.ready_at < 0 and self.asked_at < 0 and self.dumped_at < 0 and self.drain_at < 0
 
     @property
-    def healthy(self) -> bool:
-        return not (self.mute or self.stuck) and self.asked_at < 0 and self.dumped_at < 0
+    def beats(self) -> bool:
+        """Whether heartbeats arrive, so that only other deadlines count."""
+        return not self.mute and self.phase is not None and self.asked_at < 0 and self.dumped_at < 0
 
     def overdue(self, config: LifecycleConfig, gib: float) -> float:
         """When the first deadline of design 6 passes for a process that nobody asked to stop."""
         if self.phase is None:
             return self.since + config.hello_s
-        due = self.sign_at + config.heartbeat_hung_s
+        return min(self.sign_at + config.heartbeat_hung_s, self.limit(config, gib))
+
+    def limit(self, config: LifecycleConfig, gib: float) -> float:
+        """When it is out of time although its heartbeats arrive."""
         if self.drain_at >= 0:
-            return due
+            return NEVER
         if self.phase is Phase.LOADING:
             limit = config.load_base_s + config.load_per_gib_s * gib
-            return min(due, self.since + limit, max(self.moved_at, self.since) + config.load_stall_s)
+            return min(self.since + limit, max(self.moved_at, self.since) + config.load_stall_s)
         if self.phase is Phase.WARMING:
-            return min(due, self.since + config.warm_up_s)
+            return self.since + config.warm_up_s
         if self.phase is Phase.PREFILL:
-            return min(due, self.step_at + config.prefill_s)
+            return self.step_at + config.prefill_s
         if self.phase is Phase.DECODE:
-            return min(due, self.step_at + config.decode_s)
-        return due
+            return self.step_at + config.decode_s
+        return NEVER
 
 
 class Account:
@@ -237,6 +241,8 @@ class World:
                 elif process.killed_at < 0:
                     assert process.asked_at >= 0, "killed without a word"
                     assert now >= process.asked_at + self._grace(gib), "killed within its grace"
+                    falls = min(process.fell_at + 5, process.asked_at + self.config.stop_falling_max_s)
+                    assert process.fell_at <= process.asked_at or now >= falls, "killed while its memory still fell"
                 self.seen.add("hung and killed" if process.dumped_at >= 0 else "stubborn and killed")
                 process.killed_at = now
 
@@ -493,10 +499,10 @@ class World:
         """Let time pass until the next deadline of anybody, at most `seconds`; the supervisor wakes `late`."""
         until = self.now + seconds
         for slot, process, settings in zip(self.slots, self.processes, self.settings, strict=True):
-            if process is not None and process.healthy and process.drain_at < 0:
-                if process.coming_up:
-                    until = min(until, self.now + 10.0)
-                continue  # it beats in time, so that its deadlines move along
+            if process is not None and process.beats and process.drain_at < 0:
+                if process.stuck or process.coming_up:
+                    until = min(until, max(process.limit(self.config, slot.weight_bytes / GIB), self.now))
+                continue  # its heartbeats arrive in time
             when = next_deadline(slot, settings)
             if when is not None and (process is not None or when > self.now):
                 until = min(until, max(when, self.now))

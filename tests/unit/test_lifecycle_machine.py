@@ -84,6 +84,18 @@ class Host(RuleBasedStateMachine):
         self.world.end(i, end, luck)
         self.world.pump()
 
+    @rule(i=slot, end=st.sampled_from(ENDS[:6]), ready_s=st.sampled_from([-1.0, 0.0, 70.0, 400.0, 700.0]), luck=luck)
+    def comes_up_and_crashes(self, i: int, end: ev.ExitRecord, ready_s: float, luck: float) -> None:
+        self.world.pass_time(90.0)
+        self.world.pump()
+        for _ in range(0 if ready_s < 0 else 3):
+            self.world.progress(i)
+            self.world.pump()
+        if ready_s > 0:
+            self.world.pass_time(ready_s)
+        self.world.end(i, end, luck)
+        self.world.pump()
+
     @rule(i=slot, event=words)
     def is_heard_late(self, i: int, event: ev.Event) -> None:
         self.world.stray(i, event)
@@ -130,7 +142,7 @@ def test_no_sequence_of_events_breaks_a_promise_of_the_policy() -> None:
     run_state_machine_as_test(
         Host,
         settings=settings(
-            max_examples=100,
+            max_examples=80,
             stateful_step_count=40,
             deadline=None,
             derandomize=True,
