@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -244,7 +244,9 @@ class WorkerProcess:
         lifecycle: LifecycleConfig | None = None,
         fault: dict[str, Any] | None = None,
         supervised: bool = True,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
+        """`environment` is added to the process's own: the matrix library that makes a large model usable, say."""
         # Short: a unix socket's path has 103 bytes.
         self.folder = Path(tempfile.mkdtemp(prefix="lmx-", dir="/tmp"))
         self.control_path = self.folder / "s.sock"
@@ -266,7 +268,7 @@ class WorkerProcess:
         )
         spec_file = self.folder / "spec.json"
         write_spec(spec_file, self.spec)
-        environ = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+        environ = os.environ | {"OPENBLAS_NUM_THREADS": "1"} | dict(environment or {})
         environ.pop("LMX_FAULT", None)
         if fault is not None:
             environ["LMX_FAULT"] = json.dumps(fault)

@@ -11,7 +11,8 @@ import pytest
 
 from protocol import control, data
 from protocol.config import ModelsConfig
-from tests.workerkit import INCARNATION, Answer, Gateway, WorkerProcess
+from supervisor.platform.blas import find_blas
+from tests.workerkit import Answer, Gateway, WorkerProcess
 
 PROMPT = "The water of the river"
 
@@ -51,6 +52,13 @@ def tiny(tiny_model: Path) -> Iterator[tuple[WorkerProcess, Gateway, Reference]]
         yield worker, worker.ready().gateway(), Reference(tiny_model)
 
 
+@pytest.fixture(scope="module")
+def blas(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What makes a model that is not tiny usable here."""
+    found = find_blas(tmp_path_factory.mktemp("blas"))
+    return {} if found is None else found.environment
+
+
 Tiny = tuple[WorkerProcess, Gateway, Reference]
 
 
@@ -76,7 +84,8 @@ def test_a_completion_goes_on_from_text_or_tokens_alike(tiny: Tiny) -> None:
     assert by_text.tokens == by_tokens.tokens
     assert by_text.text == by_tokens.text == reference.tokenizer.decode(by_text.tokens)
     assert by_text.usage == data.Usage(len(tokens), 12)
-    assert by_text.accepted == data.Accepted(INCARNATION, 2, len(tokens)) or by_text.accepted is not None
+    assert by_text.accepted is not None
+    assert by_text.accepted.prompt_tokens == len(tokens)
 
 
 def test_an_echo_is_scored_as_by_a_forward_pass(tiny: Tiny) -> None:
@@ -194,12 +203,12 @@ MIXED: list[dict[str, Any]] = [
 ]
 
 
-def mixed_answers(gateway: Gateway) -> None:
+def mixed_answers(gateway: Gateway, mixed: list[dict[str, Any]], max_tokens: int) -> None:
     """Ask for each alone and for all at once; where a seed or nothing draws, both are the same."""
     prompt = "Tell me about the water of the river and the fish in it"
-    alone = [finish(gateway, gateway.submit(prompt, max_tokens=24, **sampling)) for sampling in MIXED]
-    rids = [gateway.submit(prompt, max_tokens=24, **sampling) for sampling in MIXED]
-    for sampling, one, other in zip(MIXED, alone, gateway.finish(*rids), strict=True):
+    alone = [finish(gateway, gateway.submit(prompt, max_tokens=max_tokens, **sampling)) for sampling in mixed]
+    rids = [gateway.submit(prompt, max_tokens=max_tokens, **sampling) for sampling in mixed]
+    for sampling, one, other in zip(mixed, alone, gateway.finish(*rids), strict=True):
         if sampling.get("temperature", 0.0) and "seed" not in sampling:
             continue
         assert one.tokens == other.tokens, sampling
@@ -210,17 +219,25 @@ def mixed_answers(gateway: Gateway) -> None:
 
 
 def test_an_answer_does_not_depend_on_the_others_in_the_batch(tiny: Tiny) -> None:
-    mixed_answers(tiny[1])
+    mixed_answers(tiny[1], MIXED, 24)
 
 
 @pytest.mark.real_model
-def test_so_it_is_with_the_default_model(real_model: Path) -> None:
-    with WorkerProcess(real_model, module="worker") as worker:
+@pytest.mark.slow
+def test_so_it_is_with_the_default_model(real_model: Path, blas: dict[str, str]) -> None:
+    with WorkerProcess(real_model, module="worker", environment=blas) as worker:
         gateway = worker.ready().gateway()
-        mixed_answers(gateway)
-        reference = Reference(real_model)
-        tokens = reference.tokenizer.encode("The capital of France is Paris. 日本")
-        answer = finish(gateway, gateway.complete(tokens, echo=True, max_tokens=4, logprobs=5))
+        mixed_answers(gateway, MIXED[:6], 8)
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+def test_the_default_models_echo_is_scored_as_by_a_forward_pass(real_model: Path, blas: dict[str, str]) -> None:
+    reference = Reference(real_model)
+    with WorkerProcess(real_model, module="worker", environment=blas) as worker:
+        gateway = worker.ready().gateway()
+        tokens = reference.tokenizer.encode("Paris is 日本")
+        answer = finish(gateway, gateway.complete(tokens, echo=True, max_tokens=2, logprobs=5))
         reference.check(tokens + answer.tokens, answer.logprobs, 5)
         assert b"".join(one.bytes for one in answer.logprobs) == answer.text.encode()
 
@@ -256,7 +273,7 @@ def test_an_echo_is_not_repeated_when_an_answer_goes_on(tiny: Tiny) -> None:
     )
     rest = finish(gateway, rid)
     assert rest.tokens == whole.tokens[4:]
-    assert rest.logprobs == whole.logprobs[-6:] or len(rest.logprobs) == 6
+    assert [one.token for one in rest.logprobs] == [one.token for one in whole.logprobs[-6:]]
     assert whole.text.endswith(rest.text)
     assert PROMPT not in rest.text
 

@@ -1,6 +1,6 @@
 """The batch with real MLX and a tiny model: every parameter inside it, each row as if it were alone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,11 +36,11 @@ class Model(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_model: Path) -> Iterator[Model]:
+def tiny(tiny_model: Path) -> Model:
     from mlx_lm.utils import load_model
 
     model, config = load_model(tiny_model)
-    yield Model(model, frozenset({config["eos_token_id"]}), config["vocab_size"])
+    return Model(model, frozenset({config["eos_token_id"]}), config["vocab_size"])
 
 
 class Outcome:
