@@ -82,7 +82,7 @@ class Engine:
         status.step_at = monotonic()
         self._canary_at = status.step_at + self._canary_idle_s
         if tokens:
-            self._emit(Stepped(status.step, tokens))
+            self._emit(Stepped(status.step, tokens, self._backend.scores))
 
     def _run_canary(self) -> None:
         """Generate a token for nobody. Shown as decoding, so that one that never comes is found like any other hang."""

@@ -231,7 +231,14 @@ class IoThread:
     def _on_serving(self, serving: Serving, now: float) -> None:
         models, loaded = self._spec.models, serving.loaded
         limits = Limits(models.max_concurrent_requests, models.queue_depth, models.slot_timeout_s)
-        book = Book(limits, self._spec.incarnation, loaded.prepare, send=self._link.send, command=self._commands.put)
+        book = Book(
+            limits,
+            self._spec.incarnation,
+            loaded.prepare,
+            loaded.vocabulary,
+            send=self._link.send,
+            command=self._commands.put,
+        )
         self._book = self._inbound.book = book
         if self._report.draining:
             book.close_admission(_going_away(), now)
