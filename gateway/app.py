@@ -8,6 +8,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from gateway.calls import Calls
 from gateway.catalog import CatalogView
 from gateway.chat import ChatCompletions
 from gateway.context import context_of
@@ -22,9 +23,10 @@ from protocol.errors import LmxError
 
 def build_app(config: GatewayConfig, catalog: CatalogView, pool: WorkerPool, traffic: Traffic) -> ASGIApp:
     """Return the ASGI application. Paths are written without `/v1`; `PathMiddleware` accepts both."""
+    calls = Calls(config, catalog, pool, traffic)
     app = Starlette(
         routes=[
-            Route("/chat/completions", ChatCompletions(config, catalog, pool, traffic), methods=["POST"]),
+            Route("/chat/completions", ChatCompletions(calls), methods=["POST"]),
             Route("/models", Models(catalog), methods=["GET"]),
             Route("/models/{id:path}", Model(catalog), methods=["GET"]),
             Route("/healthz", Healthz(), methods=["GET"]),

@@ -3,7 +3,7 @@ silence: it is refused by name, or known to have no effect here, or named in the
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -69,7 +69,7 @@ def unknown_names(names: Iterable[str]) -> list[str]:
     return [n for n in names if n not in _SUPPORTED and n not in NEUTRAL_VALUES and n not in WITHOUT_EFFECT]
 
 
-def ignored_header(unknown: list[str]) -> bytes:
+def ignored_header(unknown: Sequence[str]) -> bytes:
     """Return the value of `X-LMX-Ignored`: at most 16 names; one that is unsafe in a header is a question mark."""
     names = [name if _SAFE_NAME.fullmatch(name) else "?" for name in unknown[:_MAX_NAMES]]
     if len(unknown) > _MAX_NAMES:

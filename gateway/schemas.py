@@ -1,10 +1,9 @@
-"""The bodies of requests and responses, as OpenAI defines them, as far as LMX uses them."""
+"""The bodies of requests, as OpenAI defines them, as far as LMX uses them."""
 
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
-# -- requests ---------------------------------------------------------------------------------------------------
 # Fields are checked by `gateway.validate`, which can say more than a type can. A default means "not given".
 
 
@@ -46,71 +45,3 @@ class ChatRequest(msgspec.Struct):
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-
-
-# -- responses --------------------------------------------------------------------------------------------------
-
-FinishReason = Literal["stop", "length"]
-
-
-class PromptTokensDetails(msgspec.Struct):
-    """How much of the prompt came from a cache."""
-
-    cached_tokens: int
-
-
-class CompletionUsage(msgspec.Struct):
-    """Token counts; clients rely on all three being there."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-
-
-class AnswerMessage(msgspec.Struct):
-    """What the model said."""
-
-    content: str
-    role: Literal["assistant"] = "assistant"
-    refusal: None = None
-
-
-class Choice(msgspec.Struct):
-    """One answer."""
-
-    message: AnswerMessage
-    finish_reason: FinishReason
-    index: int = 0
-    logprobs: None = None
-
-
-class ChatCompletion(msgspec.Struct):
-    """The answer to a request that does not stream."""
-
-    id: str
-    created: int
-    model: str
-    choices: list[Choice]
-    usage: CompletionUsage
-    system_fingerprint: str
-    object: Literal["chat.completion"] = "chat.completion"
-
-
-class ModelCard(msgspec.Struct):
-    """One model of `/v1/models`: OpenAI's four fields, and what model pickers want besides."""
-
-    id: str
-    created: int
-    state: str
-    max_model_len: int | None
-    capabilities: list[str]
-    object: Literal["model"] = "model"
-    owned_by: str = "lmx"
-
-
-class ModelList(msgspec.Struct):
-    """`/v1/models`."""
-
-    data: list[ModelCard]
-    object: Literal["list"] = "list"

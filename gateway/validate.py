@@ -8,7 +8,7 @@ import msgspec
 from gateway.parameters import refuse_unsupported, unknown_names
 from gateway.schemas import ChatRequest, Message
 from protocol.config import GatewayConfig
-from protocol.data import ChatMessage, Sampling
+from protocol.data import ChatMessage, ChatOptions, Sampling
 from protocol.errors import LmxError
 
 _ROLES: Final = frozenset({"system", "developer", "user", "assistant"})
@@ -34,6 +34,8 @@ class ChatCall(msgspec.Struct):
     sampling: Sampling
     stream: bool
     include_usage: bool
+    n: int
+    options: ChatOptions | None
     #: Names of fields that nobody here knows, for the `X-LMX-Ignored` header.
     ignored: list[str]
 
@@ -56,6 +58,8 @@ def parse_chat(body: bytes, config: GatewayConfig) -> ChatCall:
         sampling=_sampling(request, config),
         stream=stream,
         include_usage=options is not None and options.include_usage is True,
+        n=1,
+        options=None,
         ignored=unknown_names(fields),
     )
 
