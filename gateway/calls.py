@@ -28,6 +28,7 @@ from gateway.pool import WorkerPool
 from gateway.requests import Request, RequestState, Rids
 from gateway.traffic import Traffic
 from protocol.config import GatewayConfig
+from protocol.control import CatalogModel
 from protocol.data import MAX_FRAME_BYTES, ChatMessage, ChatOptions, Kind, Sampling, Submit
 from protocol.errors import LmxError
 from protocol.logs import event
@@ -35,6 +36,7 @@ from protocol.logs import event
 _ON_CRASH: Final = {b"continue": True, b"fail": False}
 #: A larger body is parsed beside the event loop.
 _LARGE_BODY_BYTES: Final = 1024 * 1024
+_INT64: Final = 2**64
 ParsedT = TypeVar("ParsedT")
 
 
@@ -68,6 +70,21 @@ def ask(
     )
 
 
+def seeded(first: Submit, count: int) -> list[Submit]:
+    """Return `first` and others like it, each with the next seed if there is one."""
+    seed = first.sampling.seed
+    if seed is None:
+        return [first] * count
+    replace = msgspec.structs.replace
+    return [first, *(replace(first, sampling=replace(first.sampling, seed=_int64(seed + k))) for k in range(1, count))]
+
+
+def _int64(number: int) -> int:
+    """Begin anew at the lower end behind the upper."""
+    half = _INT64 // 2
+    return (number + half) % _INT64 - half
+
+
 class Calls:
     """Takes calls. One per application."""
 
@@ -96,6 +113,10 @@ class Calls:
         if len(body) > _LARGE_BODY_BYTES:
             return await asyncio.to_thread(parse, body, self.config)
         return parse(body, self.config)
+
+    def find(self, model: str) -> CatalogModel:
+        """Return a model as the supervisor last described it; raise `model_not_found`."""
+        return self._catalog.find(model)
 
     def name_ignored(self, scope: Scope, names: Sequence[str]) -> None:
         """Name the fields that nobody here knows in a header of the response, whatever it will be."""

@@ -4,10 +4,9 @@ import secrets
 import time
 from typing import Final
 
-import msgspec
 from starlette.types import Receive, Scope, Send
 
-from gateway.calls import Calls, ask
+from gateway.calls import Calls, ask, seeded
 from gateway.chunks import ChatChunks, finish_reason
 from gateway.errors import send_json
 from gateway.logprobs import chat_logprobs
@@ -19,7 +18,6 @@ from protocol import __version__
 from protocol.data import Kind, Submit, ToolDelta
 
 FINGERPRINT: Final = f"lmx-{__version__}"
-_INT64: Final = 2**64
 
 
 class ChatCompletions:
@@ -56,21 +54,6 @@ def _asked(chat: ChatCall) -> list[Submit]:
     """Return one request for each choice: the same but for the seed."""
     first = ask(Kind.CHAT, messages=chat.messages, sampling=chat.sampling, options=chat.options, group=int(chat.n > 1))
     return seeded(first, chat.n)
-
-
-def seeded(first: Submit, count: int) -> list[Submit]:
-    """Return `first` and others like it, each with the next seed if there is one."""
-    seed = first.sampling.seed
-    if seed is None:
-        return [first] * count
-    replace = msgspec.structs.replace
-    return [first, *(replace(first, sampling=replace(first.sampling, seed=_int64(seed + k))) for k in range(1, count))]
-
-
-def _int64(number: int) -> int:
-    """Begin anew at the lower end behind the upper."""
-    half = _INT64 // 2
-    return (number + half) % _INT64 - half
 
 
 def _choice(index: int, request: Request) -> Choice:
