@@ -16,6 +16,7 @@ from gateway.context import context_of
 from gateway.health import Healthz, Readyz
 from gateway.middleware import ErrorBoundary, PathMiddleware, RequestIdMiddleware
 from gateway.models import Model, Models
+from gateway.openapi import OpenApi
 from gateway.pool import WorkerPool
 from gateway.tokenize import Detokenize, Tokenize
 from gateway.traffic import Traffic
@@ -34,6 +35,7 @@ def build_app(config: GatewayConfig, catalog: CatalogView, pool: WorkerPool, tra
             Route("/detokenize", Detokenize(calls), methods=["POST"]),
             Route("/models", Models(catalog), methods=["GET"]),
             Route("/models/{id:path}", Model(catalog), methods=["GET"]),
+            Route("/openapi.json", OpenApi(), methods=["GET"]),
             Route("/healthz", Healthz(), methods=["GET"]),
             Route("/readyz", Readyz(catalog, traffic), methods=["GET"]),
         ],
