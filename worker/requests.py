@@ -39,6 +39,9 @@ class Book:
     the engine removes before it inserts.
     """
 
+    #: Makes the request out of what a gateway sent.
+    _enter = staticmethod(enter)
+
     def __init__(
         self,
         limits: Limits,
@@ -190,7 +193,7 @@ class Book:
             # Before tokenizing: under a flood the cheapest answer is the one that has to be given most often.
             raise self._busy("the queue is full")
         self._last_job += 1
-        return enter(self._last_job, gateway, submit, self._prepare(submit), now, limits)
+        return self._enter(self._last_job, gateway, submit, self._prepare(submit), now, limits)
 
     def _end_resumed(self, request: Request) -> None:
         """Answer a request of which only the end had not reached the gateway."""
