@@ -87,13 +87,18 @@ def make_tiny_model(
 
 def default_model(cache_dir: Path | None = None) -> Path:
     """Return the folder of the default model, fetched at most once per machine however many ask at once."""
+    return builtin_model(DEFAULT_MODEL_ID, cache_dir)
+
+
+def builtin_model(model: str, cache_dir: Path | None = None) -> Path:
+    """Return the folder of a built-in model, fetched at most once per machine however many ask at once."""
     models = (cache_dir or cache_folder()) / "models"
-    folder = models / DEFAULT_MODEL_ID
+    folder = models / model
     try:
         return inspect_model_folder(folder).path
     except ModelFolderError:
         pass  # fetch says what is wrong with it, if it is there
-    command = [sys.executable, "-m", "worker.tools", "fetch", DEFAULT_MODEL_ID, "--models-dir", str(models)]
+    command = [sys.executable, "-m", "worker.tools", "fetch", model, "--models-dir", str(models)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=1_800, check=False)
     assert done.returncode == 0, done.stderr
     return Path(done.stdout.strip())
