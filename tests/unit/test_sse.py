@@ -6,8 +6,10 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.schemas import CompletionUsage, PromptTokensDetails
-from gateway.sse import DONE, KEEPALIVE, ChunkWriter, frame, json_line
+from gateway.chunks import ChatChunks
+from gateway.responses import CompletionUsage, PromptTokensDetails
+from gateway.sse import DONE, KEEPALIVE, frame, json_line
+from protocol.data import Finish
 
 any_text = st.text(st.characters(exclude_categories=["Cs"])) | st.text(
     "ab\n\r\x85\u2028\u2029\x0b\x0c\x1c ", max_size=9
@@ -48,7 +50,7 @@ def test_named_events() -> None:
 
 @given(any_text, any_text, st.booleans())
 def test_content_chunks_carry_any_text(text: str, model: str, usage: bool) -> None:
-    chunk = ChunkWriter("chatcmpl-1", 5, model, "fp", include_usage=usage).content(text)
+    chunk = ChatChunks("chatcmpl-1", 5, model, "fp", usage=usage).content(0, text)
     # `splitlines` ends lines in eleven places, as httpx does: only the two of the frame may remain.
     first, second = chunk.decode().splitlines()
     assert second == ""
@@ -64,16 +66,22 @@ def test_json_line_is_json(text: str) -> None:
 
 
 def test_no_chunk_has_an_id_field() -> None:
-    writer = ChunkWriter("a", 1, "m", "fp", include_usage=True)
+    writer = ChatChunks("a", 1, "m", "fp", usage=True)
     usage = CompletionUsage(1, 2, 3, PromptTokensDetails(0))
-    stream = writer.role() + KEEPALIVE + writer.content("id: 5\nid: 6") + writer.finish("stop") + writer.usage(usage)
+    stream = (
+        writer.begin(0)
+        + KEEPALIVE
+        + writer.content(0, "id: 5\nid: 6")
+        + writer.finish(0, Finish.STOP)
+        + writer.usage(usage)
+    )
     assert not [line for line in stream.split(b"\n") if line.startswith(b"id")]
 
 
 def test_one_stream_from_end_to_end() -> None:
-    writer = ChunkWriter("a", 1, "m", "fp", include_usage=True)
+    writer = ChatChunks("a", 1, "m", "fp", usage=True)
     usage = CompletionUsage(1, 2, 3, PromptTokensDetails(0))
-    stream = writer.role() + writer.content("hi") + writer.finish("length") + writer.usage(usage) + DONE
+    stream = writer.begin(0) + writer.content(0, "hi") + writer.finish(0, Finish.LENGTH) + writer.usage(usage) + DONE
     *bodies, last = [data for _, data in events(stream)]
     parsed: list[dict[str, Any]] = [json.loads(body) for body in bodies]
     assert last == "[DONE]"
