@@ -136,15 +136,17 @@ def _check_architecture(path: Path, config: dict[str, Any]) -> bool:
 
 
 def _read_pooling(path: Path) -> Pooling:
-    folder = "1_Pooling"
+    folder, promised = "1_Pooling", False
     for module in _read(path / "modules.json", []):
         kind = str(module.get("type")) if isinstance(module, dict) else ""
         if kind.rpartition(".")[2] not in _MODULES:
             raise EncoderError(f"{path / 'modules.json'} asks for {kind:.100}, which LMX does not have")
         if kind.endswith(".Pooling"):
-            folder = str(module.get("path"))
+            folder, promised = str(module.get("path")), True
     if "/" in folder or folder.startswith("."):
         raise EncoderError(f"{path / 'modules.json'} names a folder that is not beside it")
+    if promised and not (path / folder / "config.json").is_file():
+        raise EncoderError(f"{path / folder / 'config.json'} is missing: remove the folder and pull the model again")
     settings = _read(path / folder / "config.json", {})
     wanted = [name for name, value in settings.items() if name.startswith("pooling_mode_") and value is True]
     match wanted:
