@@ -17,6 +17,7 @@ from gateway.embeddings import Embeddings
 from gateway.health import Healthz, Readyz
 from gateway.middleware import ErrorBoundary, PathMiddleware, RequestIdMiddleware
 from gateway.models import Model, Models
+from gateway.openapi import OpenApi
 from gateway.pool import WorkerPool
 from gateway.rerank import Rerank
 from gateway.tokenize import Detokenize, Tokenize
@@ -38,6 +39,7 @@ def build_app(config: GatewayConfig, catalog: CatalogView, pool: WorkerPool, tra
             Route("/detokenize", Detokenize(calls), methods=["POST"]),
             Route("/models", Models(catalog), methods=["GET"]),
             Route("/models/{id:path}", Model(catalog), methods=["GET"]),
+            Route("/openapi.json", OpenApi(), methods=["GET"]),
             Route("/healthz", Healthz(), methods=["GET"]),
             Route("/readyz", Readyz(catalog, traffic), methods=["GET"]),
         ],

@@ -3,14 +3,14 @@
 from typing import Final
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET
 from starlette.types import Receive, Scope, Send
 
 from gateway.calls import Calls, ask
 from gateway.decode import bad, read
 from gateway.errors import send_json
 from gateway.parameters import RERANK, settle
-from gateway.responses import encode
+from gateway.responses import EmbeddingUsage, RankedDocument, Ranking, encode
 from gateway.schemas import Document, RerankRequest
 from protocol.config import GatewayConfig
 from protocol.data import Kind, Ranked
@@ -19,31 +19,6 @@ from protocol.errors import LmxError
 #: As many as `/v1/embeddings` takes.
 MAX_DOCUMENTS: Final = 2_048
 _DECODER: Final = msgspec.json.Decoder(RerankRequest)
-
-
-class RankedDocument(msgspec.Struct):
-    """One document: where it stood in the request, and how relevant it is."""
-
-    index: int
-    relevance_score: float
-    document: Document | UnsetType = UNSET
-
-
-class RankUsage(msgspec.Struct):
-    """Tokens of query and documents."""
-
-    prompt_tokens: int
-    total_tokens: int
-
-
-class Ranking(msgspec.Struct):
-    """The answer, the most relevant document first."""
-
-    id: str
-    model: str
-    results: list[RankedDocument]
-    usage: RankUsage
-    object: str = "list"
 
 
 class RankCall(msgspec.Struct):
@@ -77,7 +52,7 @@ class Rerank:
                 result = request.result
                 if not isinstance(result, Ranked) or len(result.scores) != len(wanted.documents):
                     raise LmxError("protocol_error", "The process of the model sent something other than its scores.")
-                usage = RankUsage(result.prompt_tokens, result.prompt_tokens)
+                usage = EmbeddingUsage(result.prompt_tokens, result.prompt_tokens)
                 ranking = Ranking(f"rerank-{call.context.request_id}", call.model.id, _order(wanted, result), usage)
                 await send_json(send, 200, encode(ranking), [])
 

@@ -84,7 +84,7 @@ class JsonSchema(msgspec.Struct):
     """The schema that an answer has to follow. `schema` is read by the model's process."""
 
     name: str
-    schema: msgspec.Raw = msgspec.Raw(b"")
+    schema: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
     description: str | None = None
     strict: bool | None = None
 

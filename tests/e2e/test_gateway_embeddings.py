@@ -12,7 +12,7 @@ import pytest
 from protocol.control import Capabilities
 from protocol.data import Accepted, Embedded, Kind, Ranked, Refused, Submit
 from protocol.states import ModelState
-from tests.contract.test_openai_schema import check
+from tests.contract.openai_schema import check
 from tests.e2e.gateway_harness import FakeWorker, Stack, chunks, error_code, stack
 
 ENCODER = Capabilities(256, 1, ["embedding", "rerank"], 32, has_chat_template=False)
