@@ -13,11 +13,13 @@ from gateway.catalog import CatalogView
 from gateway.chat import ChatCompletions
 from gateway.completions import Completions
 from gateway.context import context_of
+from gateway.embeddings import Embeddings
 from gateway.health import Healthz, Readyz
 from gateway.middleware import ErrorBoundary, PathMiddleware, RequestIdMiddleware
 from gateway.models import Model, Models
 from gateway.openapi import OpenApi
 from gateway.pool import WorkerPool
+from gateway.rerank import Rerank
 from gateway.tokenize import Detokenize, Tokenize
 from gateway.traffic import Traffic
 from protocol.config import GatewayConfig
@@ -31,6 +33,8 @@ def build_app(config: GatewayConfig, catalog: CatalogView, pool: WorkerPool, tra
         routes=[
             Route("/chat/completions", ChatCompletions(calls), methods=["POST"]),
             Route("/completions", Completions(calls), methods=["POST"]),
+            Route("/embeddings", Embeddings(calls), methods=["POST"]),
+            Route("/rerank", Rerank(calls), methods=["POST"]),
             Route("/tokenize", Tokenize(calls), methods=["POST"]),
             Route("/detokenize", Detokenize(calls), methods=["POST"]),
             Route("/models", Models(catalog), methods=["GET"]),

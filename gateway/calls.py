@@ -23,6 +23,7 @@ from gateway.body import BodyReader
 from gateway.call import Call
 from gateway.catalog import CatalogView
 from gateway.context import context_of, header
+from gateway.kinds import check_kind
 from gateway.parameters import ignored_header
 from gateway.pool import WorkerPool
 from gateway.requests import Request, RequestState, Rids
@@ -142,6 +143,7 @@ class Calls:
         context = context_of(scope)
         await self._catalog.arrived()
         found = self._catalog.find(model)
+        check_kind(found, asked[0].kind)
         client = scope["client"][0] if scope.get("client") else ""
         deadline_at = context.started + timeout_s
         bell = Bell[Request](blocked=not streams)

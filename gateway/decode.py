@@ -14,7 +14,7 @@ _MISSING: Final = re.compile(r"missing required field `(?P<field>\w+)`")
 #: The fields of a body, unread.
 Fields = dict[str, msgspec.Raw]
 _FIELDS: Final = msgspec.json.Decoder(Fields)
-_LIST: Final = msgspec.json.Decoder(list[Fields])
+_LIST: Final = msgspec.json.Decoder(list[msgspec.Raw])
 _ANYTHING: Final = msgspec.json.Decoder()
 T = TypeVar("T")
 
@@ -27,8 +27,9 @@ def read(body: bytes, decoder: "msgspec.json.Decoder[T]") -> tuple[Fields, T]:
 
 
 def objects(raw: msgspec.Raw | None) -> list[Fields]:
-    """Return the fields of each object of a list that has been read before; nothing if it is something else."""
-    return _LIST.decode(raw) if raw is not None and memoryview(raw)[:1].tobytes() == b"[" else []
+    """Return the fields of each object in a list that has been read before; nothing if it is something else."""
+    listed = _LIST.decode(raw) if raw is not None and memoryview(raw)[:1].tobytes() == b"[" else []
+    return [fields for item in listed if (fields := fields_of(item))]
 
 
 def fields_of(raw: msgspec.Raw | None) -> Fields:

@@ -48,6 +48,8 @@ OPERATIONS: Final = (
         parameters.COMPLETION,
         responses.Completion,
     ),
+    Operation("post", "/v1/embeddings", "Vectors of texts", responses.EmbeddingList, parameters.EMBEDDING),
+    Operation("post", "/v1/rerank", "Order documents by relevance to a query", responses.Ranking, parameters.RERANK),
     Operation("post", "/v1/tokenize", "Tokens of a text or conversation", responses.Tokens, parameters.TOKENIZE),
     Operation("post", "/v1/detokenize", "Text of tokens", responses.Detokenized, parameters.DETOKENIZE),
     Operation("get", "/v1/models", "Every model, in whatever state", responses.ModelList),

@@ -10,7 +10,14 @@ from typing import Any, Final, NamedTuple, get_args
 import msgspec
 
 from gateway.decode import Fields, fields_of, objects, unsupported
-from gateway.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from gateway.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    RerankRequest,
+    TokenizeRequest,
+)
 from protocol.errors import LmxError
 
 Neutral = Mapping[str, tuple[Any, ...]]
@@ -78,6 +85,12 @@ TOKENIZE: Final = Parameters(
     frozenset(),
 )
 DETOKENIZE: Final = Parameters(DetokenizeRequest, MappingProxyType({}), frozenset())
+EMBEDDING: Final = Parameters(EmbeddingRequest, MappingProxyType({}), frozenset({"user"}))
+RERANK: Final = Parameters(
+    RerankRequest,
+    MappingProxyType({"max_chunks_per_doc": (), "max_tokens_per_doc": (), "rank_fields": ([],)}),
+    frozenset(),
+)
 
 #: What to use in place of something that is refused.
 _INSTEAD: Final[Mapping[str, str]] = MappingProxyType(
@@ -146,7 +159,9 @@ def _nested(kinds: Sequence[type[msgspec.Struct]]) -> Mapping[type[msgspec.Struc
     return MappingProxyType(found)
 
 
-_NESTED: Final = _nested([CHAT.request, COMPLETION.request, TOKENIZE.request, DETOKENIZE.request])
+_NESTED: Final = _nested(
+    [CHAT.request, COMPLETION.request, TOKENIZE.request, DETOKENIZE.request, EMBEDDING.request, RERANK.request]
+)
 
 
 def _same(value: Any, neutral: Any) -> bool:

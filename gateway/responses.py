@@ -5,6 +5,8 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from gateway.schemas import Document
+
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 
@@ -237,6 +239,48 @@ class Health(msgspec.Struct):
     version: str
     models_loaded: int | UnsetType = UNSET
     reason: str | UnsetType = UNSET
+
+
+class Embedding(msgspec.Struct):
+    """One vector; with `encoding_format` base64 its little-endian float32 bytes. Sent by `gateway.embeddings`."""
+
+    index: int
+    embedding: list[float] | str
+    object: Literal["embedding"] = "embedding"
+
+
+class EmbeddingUsage(msgspec.Struct):
+    """Tokens of the inputs; of a ranking, of query and documents."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(msgspec.Struct):
+    """The answer of `/v1/embeddings`."""
+
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+    object: Literal["list"] = "list"
+
+
+class RankedDocument(msgspec.Struct):
+    """One document: where it stood in the request, and how relevant it is."""
+
+    index: int
+    relevance_score: float
+    document: Document | UnsetType = UNSET
+
+
+class Ranking(msgspec.Struct):
+    """The answer of `/v1/rerank`, the most relevant document first."""
+
+    id: str
+    model: str
+    results: list[RankedDocument]
+    usage: EmbeddingUsage
+    object: Literal["list"] = "list"
 
 
 def encode(value: Any) -> bytes:

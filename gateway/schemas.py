@@ -171,3 +171,31 @@ class DetokenizeRequest(msgspec.Struct):
 
     model: str
     tokens: list[int]
+
+
+# -- embeddings and ranking ---------------------------------------------------------------------------------------
+
+
+class EmbeddingRequest(msgspec.Struct):
+    """`/v1/embeddings`."""
+
+    model: str
+    input: str | list[str | int | list[int]]
+    encoding_format: str | None = None
+    dimensions: int | None = None
+
+
+class Document(msgspec.Struct):
+    """A document, as Cohere and Jina write one that is not a plain string."""
+
+    text: str
+
+
+class RerankRequest(msgspec.Struct):
+    """`/v1/rerank`, in the shape of Cohere and Jina."""
+
+    model: str
+    query: str
+    documents: list[str | Document]
+    top_n: int | None = None
+    return_documents: bool | None = None

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from time import monotonic
-from typing import Final
+from typing import Any, Final
 
 from protocol.states import Phase
 from worker.jobs import Backend, Command, End, Event, Job, Remove, Status, Stepped
@@ -26,6 +26,7 @@ class Engine:
         emit: Callable[[Event], None],
         status: Status,
         *,
+        reports: Callable[[int, Any], Event] | None = None,
         canary: Callable[[], None] = lambda: None,
         canary_idle_s: float = float("inf"),
     ) -> None:
@@ -33,6 +34,8 @@ class Engine:
         self._commands = commands
         self._emit = emit
         self._status = status
+        #: Makes the event of a step and what it brought.
+        self._reports = reports or (lambda step, tokens: Stepped(step, tokens, backend.scores))
         #: Generates one token; run whenever the engine has been idle for so long, to learn of a dead GPU before a
         #: client does.
         self._canary = canary
@@ -77,12 +80,12 @@ class Engine:
     def _step(self) -> None:
         status = self._status
         status.phase = Phase.PREFILL if self._backend.prefilling else Phase.DECODE
-        tokens = self._backend.step()
+        brought = self._backend.step()
         status.step += 1
         status.step_at = monotonic()
         self._canary_at = status.step_at + self._canary_idle_s
-        if tokens:
-            self._emit(Stepped(status.step, tokens, self._backend.scores))
+        if brought:
+            self._emit(self._reports(status.step, brought))
 
     def _run_canary(self) -> None:
         """Generate a token for nobody. Shown as decoding, so that one that never comes is found like any other hang."""

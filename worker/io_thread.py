@@ -23,10 +23,11 @@ from protocol.states import WorkerExit
 from worker.control import ControlClient
 from worker.entry import Limits
 from worker.inbound import Inbound
-from worker.jobs import Command, End, Event, Finished, LoadProgress, Serving, Status, Stepped, Warming
+from worker.jobs import Answered, Command, End, Event, Finished, LoadProgress, Serving, Status, Stepped, Warming
 from worker.link import RETRY_S, DataLink
 from worker.report import Report
 from worker.requests import NEVER, Book
+from worker.whole import WholeBook
 
 _FLUSH_S: Final = 1.0
 _BIND_WAIT_S: Final = 10.0
@@ -219,6 +220,9 @@ class IoThread:
             case Stepped():
                 if self._book is not None:
                     self._book.on_step(happened, now)
+            case Answered():
+                if isinstance(self._book, WholeBook):
+                    self._book.on_answers(happened, now)
             case LoadProgress():
                 self._control.send(self._report.on_progress(happened))
             case Warming():
@@ -231,7 +235,8 @@ class IoThread:
     def _on_serving(self, serving: Serving, now: float) -> None:
         models, loaded = self._spec.models, serving.loaded
         limits = Limits(models.max_concurrent_requests, models.queue_depth, models.slot_timeout_s)
-        book = Book(
+        kind = WholeBook if loaded.answers_whole else Book
+        book = kind(
             limits,
             self._spec.incarnation,
             loaded.prepare,

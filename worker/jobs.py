@@ -57,6 +57,20 @@ class Job(msgspec.Struct, frozen=True, gc=False):
         return self.echo and self.logprobs is not None
 
 
+class EncodeJob(Job, frozen=True, gc=False):
+    """Sequences for an encoder: `prompt` holds the tokens of all, one after another, and each ends at one of `ends`.
+
+    `seconds` says for each from which of its own tokens on it is of the second text of a pair (its length: of none).
+    """
+
+    ends: list[int] = []
+    seconds: list[int] = []
+    #: Length of the vectors, 0 for the model's own.
+    dimensions: int = 0
+    #: The first sequence is a query; wanted is how near the others are to it.
+    ranks: bool = False
+
+
 class Remove(msgspec.Struct, frozen=True, gc=False):
     """Jobs that are no longer wanted; unknown ids are ignored."""
 
@@ -110,6 +124,21 @@ class Stepped(NamedTuple):
     scores: Scores = NO_SCORES
 
 
+class Whole(NamedTuple):
+    """The answer to one job: the vectors of its sequences as little-endian float32, or what their scores are."""
+
+    job: int
+    vectors: list[bytes]
+    scores: list[float]
+
+
+class Answered(NamedTuple):
+    """The requests that one engine step completed, of a model that answers each in one piece."""
+
+    step: int
+    answers: list[Whole]
+
+
 class LoadProgress(NamedTuple):
     """Bytes of weights in memory, of how many."""
 
@@ -136,7 +165,7 @@ class Finished(NamedTuple):
     message: str
 
 
-Event = Stepped | LoadProgress | Warming | Serving | Finished
+Event = Stepped | Answered | LoadProgress | Warming | Serving | Finished
 
 
 class Backend(Protocol):
@@ -159,8 +188,8 @@ class Backend(Protocol):
     def remove(self, jobs: Sequence[int]) -> None:
         """Take jobs out, at whatever stage they are; unknown ids are ignored."""
 
-    def step(self) -> list[Token]:
-        """Run one decode step and one prefill chunk; return what was decoded."""
+    def step(self) -> list[Token] | list[Whole]:
+        """Run one decode step and one prefill chunk; return what was decoded, or the answers that it completed."""
 
 
 class Said(NamedTuple):
@@ -226,6 +255,8 @@ class Loaded(msgspec.Struct, frozen=True):
     memory: Callable[[], tuple[int, int, int]]
     #: None where the model has no tokens to speak of.
     vocabulary: Vocabulary | None = None
+    #: Whether each request is answered with one message, at its end.
+    answers_whole: bool = False
 
 
 class Status:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from protocol.control import Capabilities
+from protocol.encoder import Encoder
 from protocol.logs import exception_event
 from protocol.modelfolder import ModelFolder, ModelFolderError, inspect_model_folder
 from protocol.spec import WorkerSpec
@@ -31,6 +32,8 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
     """Load the model of `spec`; raise `FatalError` with an exit code and words for the operator."""
     folder = _inspect(Path(spec.path))
     report(0, folder.weight_bytes, "imports")
+    if folder.encoder is not None:
+        return _load_encoder(spec, folder, folder.encoder, report)
     import mlx.core as mx  # noqa: PLC0415 - takes 2 s with mlx_lm; the hello must be out before
 
     from worker.batch import BatchBackend  # noqa: PLC0415
@@ -63,6 +66,16 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
         memory=lambda: (mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory()),
         vocabulary=words,
     )
+
+
+def _load_encoder(spec: WorkerSpec, folder: ModelFolder, encoder: Encoder, report: Report) -> Loaded:
+    from worker.embedding import read_encoder_model, serve_encoder  # noqa: PLC0415 - the hello must be out before
+
+    try:
+        model, tokenizer = read_encoder_model(folder, encoder)
+    except Exception as error:  # a broken folder raises anything: the boundary of loading
+        raise _explain(error, folder) from error
+    return serve_encoder(spec, encoder, model, tokenizer, _materialise(model, report))
 
 
 class Canary:

@@ -22,7 +22,7 @@ from protocol.states import Phase, WorkerExit
 from worker.engine import Engine
 from worker.failures import FatalError, classify, describe
 from worker.io_thread import IoThread
-from worker.jobs import Command, Loaded, LoadProgress, Serving, Status, Warming
+from worker.jobs import Answered, Command, Loaded, LoadProgress, Serving, Status, Warming
 
 Load = Callable[[WorkerSpec, Callable[[int, int, str], None]], Loaded]
 
@@ -98,6 +98,7 @@ def _serve(
             commands,
             io.emit,
             status,
+            reports=Answered if loaded.answers_whole else None,
             canary=loaded.canary,
             canary_idle_s=spec.lifecycle.canary_idle_s,
         ).run()

@@ -40,6 +40,9 @@ class Book:
     the engine removes before it inserts.
     """
 
+    #: Makes the request out of what a gateway sent.
+    _enter = staticmethod(enter)
+
     def __init__(
         self,
         limits: Limits,
@@ -197,7 +200,7 @@ class Book:
             # Before tokenizing: under a flood the cheapest answer is the one that has to be given most often.
             raise self._busy("the queue is full")
         self._last_job += 1
-        return enter(self._last_job, gateway, submit, self._prepare(submit), now, limits)
+        return self._enter(self._last_job, gateway, submit, self._prepare(submit), now, limits)
 
     def _end_whole(self, request: Request) -> None:
         """Answer a request with nothing left to generate."""
