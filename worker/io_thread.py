@@ -233,7 +233,14 @@ class IoThread:
         models, loaded = self._spec.models, serving.loaded
         limits = Limits(models.max_concurrent_requests, models.queue_depth, models.slot_timeout_s)
         kind = WholeBook if loaded.answers_whole else Book
-        book = kind(limits, self._spec.incarnation, loaded.prepare, send=self._link.send, command=self._commands.put)
+        book = kind(
+            limits,
+            self._spec.incarnation,
+            loaded.prepare,
+            loaded.vocabulary,
+            send=self._link.send,
+            command=self._commands.put,
+        )
         self._book = self._inbound.book = book
         if self._report.draining:
             book.close_admission(_going_away(), now)

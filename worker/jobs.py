@@ -5,13 +5,14 @@ other: both directions are queues, and `Status` is a handful of attributes that 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 
 from protocol.control import Capabilities
-from protocol.data import Submit, ToolDelta
+from protocol.data import Submit, TokenLogprob, ToolDelta
 from protocol.states import Phase, WorkerExit
 
 
@@ -49,6 +50,11 @@ class Job(msgspec.Struct, frozen=True, gc=False):
     constraint: "Constraint | None" = None
     #: Jobs with the same number, not 0, have the same prompt and may share its prefill.
     group: int = 0
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the tokens of the prompt are to be scored; only then may `max_tokens` be 0."""
+        return self.echo and self.logprobs is not None
 
 
 class EncodeJob(Job, frozen=True, gc=False):
@@ -88,12 +94,34 @@ AT_LENGTH: Final = 2
 #: Job id, token id, and one of the three above. A plain tuple: thousands are made each second.
 Token = tuple[int, int, int]
 
+#: The token id of a job that ends without one: its prompt was to be scored, and nothing else.
+NO_TOKEN: Final = -1
+
+
+class Scored(NamedTuple):
+    """A token and the natural logarithm of its probability as the model saw it; None where nothing came before it.
+
+    `top` are the likeliest tokens of the position with theirs, likeliest first.
+    """
+
+    token: int
+    logprob: float | None
+    top: list[tuple[int, float]]
+
+
+Scores = Mapping[int, Sequence[Scored]]
+NO_SCORES: Final[Scores] = MappingProxyType({})
+
 
 class Stepped(NamedTuple):
-    """The tokens of one engine step. `step` counts every step, also those that only processed prompts."""
+    """The tokens of one engine step. `step` counts every step, also those that only processed prompts.
+
+    `scores` has, by job, those of the jobs that asked: of the token, and before its first one those of the prompt.
+    """
 
     step: int
     tokens: list[Token]
+    scores: Scores = NO_SCORES
 
 
 class Whole(NamedTuple):
@@ -150,6 +178,10 @@ class Backend(Protocol):
     def prefilling(self) -> bool:
         """Whether the next step processes prompt tokens."""
 
+    @property
+    def scores(self) -> Scores:
+        """What the last step's tokens were worth, for the jobs that asked: see `Stepped`."""
+
     def insert(self, job: Job) -> None:
         """Add a job to the batch."""
 
@@ -196,6 +228,18 @@ class Prepared(msgspec.Struct, frozen=True):
     max_tokens: int
     answer: Answer
     constraint: Constraint | None = None
+    #: The prompt as text, where the answer is to begin with it.
+    echo: str = ""
+
+
+class Vocabulary(Protocol):
+    """What the IO thread asks a model's tokenizer besides prompts and answers."""
+
+    def spell(self, scored: Scored) -> TokenLogprob:
+        """Return a scored token in words."""
+
+    def tokenize(self, submit: Submit) -> tuple[list[int], str]:
+        """Answer `Kind.TOKENIZE` and `Kind.DETOKENIZE` with both sides; raise `protocol.errors.LmxError`."""
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -211,6 +255,8 @@ class Loaded(msgspec.Struct, frozen=True):
     memory: Callable[[], tuple[int, int, int]]
     #: Whether each request is answered with one message, at its end.
     answers_whole: bool = False
+    #: None where the model has no tokens to speak of.
+    vocabulary: Vocabulary | None = None
 
 
 class Status:

@@ -37,7 +37,9 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
     import mlx.core as mx  # noqa: PLC0415 - takes 2 s with mlx_lm; the hello must be out before
 
     from worker.batch import BatchBackend  # noqa: PLC0415
+    from worker.completions import CompletionMaker, Kinds  # noqa: PLC0415
     from worker.prompt import PromptMaker, find_context  # noqa: PLC0415
+    from worker.vocabulary import Words, special_ids  # noqa: PLC0415
 
     model, tokenizer = _read(folder)
     weight_bytes = _materialise(model, report)
@@ -45,6 +47,9 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
     context = find_context(folder.max_model_len, tokenizer)
     prompts = PromptMaker(tokenizer, max_model_len=context, eos=eos)
     prompts.warm_up()
+    words = Words(tokenizer, _count_tokens(model, tokenizer), prompts.tokens)
+    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    completions = CompletionMaker(words, max_model_len=context, special=eos | special_ids(tokenizer), begin=begin)
     slots = spec.models.max_concurrent_requests
     backend = BatchBackend(model, eos, slots=slots, prefill_tokens=spec.models.prefill_step_tokens)
     return Loaded(
@@ -52,13 +57,14 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
         capabilities=Capabilities(
             max_model_len=context,
             weight_bytes=weight_bytes,
-            kinds=["chat"],
+            kinds=["chat", "completion", "tokenize"],
             max_concurrent_requests=slots,
             has_chat_template=prompts.has_chat_template,
         ),
-        prepare=prompts.prepare,
+        prepare=Kinds(prompts.prepare, completions.prepare, words.size),
         canary=Canary(backend, len(tokenizer)),
         memory=lambda: (mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory()),
+        vocabulary=words,
     )
 
 
@@ -113,6 +119,13 @@ def _read(folder: ModelFolder) -> tuple[Any, Any]:
     except Exception as error:  # a broken folder raises anything: the boundary of loading
         raise _explain(error, folder) from error
     return model, tokenizer
+
+
+def _count_tokens(model: Any, tokenizer: Any) -> int:
+    """Return how many ids are tokens to both: a tokenizer may know tokens that the model has no row for."""
+    known = max(tokenizer.get_vocab().values(), default=0) + 1
+    rows = getattr(getattr(model, "args", None), "vocab_size", None)
+    return min(known, rows) if isinstance(rows, int) else known
 
 
 def _materialise(model: Any, report: Report) -> int:

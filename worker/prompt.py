@@ -7,8 +7,9 @@ import jinja2
 
 from protocol.data import ChatMessage, Kind, Sampling, Submit
 from protocol.errors import LmxError
-from worker.detok import AnswerText, Decode, StopStrings, TokenText
+from worker.detok import AnswerText, StopStrings, TokenText
 from worker.jobs import Prepared
+from worker.vocabulary import fast_decode, special_ids
 
 MAX_STOPS: Final = 4
 #: A stop string is searched for in each piece of text, so its length is bounded.
@@ -28,8 +29,8 @@ class PromptMaker:
     def __init__(self, tokenizer: Any, *, max_model_len: int, eos: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
-        self._special = eos | _special_ids(tokenizer)
-        self._decode = _fast_decode(tokenizer)
+        self._special = eos | special_ids(tokenizer)
+        self._decode = fast_decode(tokenizer)
         vocabulary = tokenizer.get_vocab()
         self._longest_token = max((len(token) for token in vocabulary), default=1)
         self._last_token = max(vocabulary.values(), default=0)
@@ -67,6 +68,10 @@ class PromptMaker:
             raise LmxError("internal_error", "The answer was begun by another model and cannot be continued")
         answer = AnswerText(TokenText(self._decode, self._special), StopStrings(stops))
         return Prepared(prompt=prompt, max_tokens=limit, answer=answer)
+
+    def tokens(self, submit: Submit) -> list[int]:
+        """Return the prompt that the conversation comes to, of any length; raise `LmxError`."""
+        return self._encode(submit.messages)
 
     def _check_fits(self, tokens: int, words: str) -> None:
         if tokens >= self._max_model_len:
@@ -122,18 +127,3 @@ def find_context(max_model_len: int | None, tokenizer: Any) -> int:
 def _transcript(messages: list[ChatMessage]) -> str:
     lines = [f"{message.role}: {message.content}" for message in messages]
     return "\n".join([*lines, "assistant:"])
-
-
-def _special_ids(tokenizer: Any) -> frozenset[int]:
-    ids = set(getattr(tokenizer, "all_special_ids", ()))
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    ids.update(int(number) for number, token in added.items() if getattr(token, "special", False))
-    return frozenset(ids)
-
-
-def _fast_decode(tokenizer: Any) -> Decode:
-    """Return the tokenizer's decoding without the layers of `transformers` around it, which cost 30 µs a call."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return lambda tokens: str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
-    return lambda tokens: str(backend.decode(tokens, skip_special_tokens=False))

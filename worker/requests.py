@@ -4,7 +4,7 @@ Pure policy: the clock is an argument, messages and commands go out through two 
 sockets or MLX. A request is `waiting` (in our own queue) or `running` (handed to the engine: it holds a slot).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from protocol.data import (
@@ -13,22 +13,23 @@ from protocol.data import (
     Delta,
     Embedded,
     Failed,
-    Finish,
+    Kind,
     Ranked,
     Refused,
     Step,
     Submit,
     Tokenized,
-    Usage,
 )
 from protocol.errors import ERRORS, LmxError
 from protocol.logs import event, exception_event
+from worker.deltas import end_whole, make_delta
 from worker.entry import Limits, Request, enter
-from worker.jobs import AT_LENGTH, AT_STOP, GOES_ON, NOTHING, Command, Prepared, Remove, Said, Stepped
+from worker.jobs import GOES_ON, Command, Prepared, Remove, Scored, Stepped, Vocabulary
 
 Reply = Accepted | Step | Refused | Failed | Embedded | Ranked | Tokenized
 
 NEVER: Final = float("inf")
+_AT_ONCE: Final = frozenset({Kind.TOKENIZE, Kind.DETOKENIZE})
 
 
 class Book:
@@ -47,6 +48,7 @@ class Book:
         limits: Limits,
         incarnation: int,
         prepare: Callable[[Submit], Prepared],
+        vocabulary: Vocabulary | None = None,
         *,
         send: Callable[[bytes, Reply], None],
         command: Callable[[Command], None],
@@ -54,6 +56,7 @@ class Book:
         self._limits = limits
         self._incarnation = incarnation
         self._prepare = prepare
+        self._vocabulary = vocabulary
         self._send = send
         self._command = command
         self._waiting: dict[int, Request] = {}
@@ -87,6 +90,9 @@ class Book:
             event("request_duplicate", level="WARNING", trace=submit.trace, rid=submit.rid)
             return
         try:
+            if submit.kind in _AT_ONCE:
+                self._send(gateway, self._tokenize(submit))
+                return
             request = self._admit(gateway, submit, now)
         except LmxError as error:
             if error.__cause__ is not None:
@@ -95,7 +101,7 @@ class Book:
             event("request_refused", trace=submit.trace, rid=submit.rid, code=error.code)
             return
         if request.whole:
-            self._end_resumed(request)
+            self._end_whole(request)
             return
         self._jobs[request.key] = request.job.id
         self._waiting[request.job.id] = request
@@ -126,33 +132,23 @@ class Book:
         running = self._running
         for job, token, end in stepped.tokens:
             request = running.get(job)
-            if request is not None:  # else: removed while this step ran
-                deltas.setdefault(request.gateway, []).append(self._advance(request, token, end, now))
+            if request is None:  # removed while this step ran
+                continue
+            scored = stepped.scores.get(job, ()) if stepped.scores else ()
+            delta = self._advance(request, token, end, scored, now)
+            deltas.setdefault(request.gateway, []).append(delta)
         for gateway, of_gateway in deltas.items():
             self._send(gateway, Step(self._incarnation, stepped.step, of_gateway))
         if self._waiting:
             self._fill_slots(now)
 
-    def _advance(self, request: Request, token: int, end: int, now: float) -> Delta:
-        request.completion_tokens += 1
-        answer = request.answer
-        said = NOTHING if end == AT_STOP else answer.add(token)
-        if answer.stopped:
-            if end == GOES_ON:
+    def _advance(self, request: Request, token: int, end: int, scored: Sequence[Scored], now: float) -> Delta:
+        delta = make_delta(request, token, end, scored, self._vocabulary)
+        if delta.finish is not None:
+            if end == GOES_ON:  # a stop string
                 self._command(Remove([request.job.id]))
-            finish = Finish.STOP
-        elif end == GOES_ON:
-            if said.reasoning or said.tool_calls:
-                return Delta(request.rid, said.text, [token], None, None, said.reasoning, list(said.tool_calls))
-            return Delta(request.rid, said.text, [token])
-        else:
-            said = _joined(said, answer.finish())
-            finish = Finish.LENGTH if end == AT_LENGTH else Finish.STOP
-        if answer.called and finish is Finish.STOP:
-            finish = Finish.TOOL_CALLS
-        self._close(request, finish.name.lower(), now)
-        usage = Usage(len(request.job.prompt), request.completion_tokens)
-        return Delta(request.rid, said.text, [token], finish, usage, said.reasoning, list(said.tool_calls))
+            self._close(request, delta.finish.name.lower(), now)
+        return delta
 
     # -- what time and the supervisor say ---------------------------------------------------------------------
 
@@ -183,9 +179,20 @@ class Book:
 
     # -- inside -----------------------------------------------------------------------------------------------
 
-    def _admit(self, gateway: bytes, submit: Submit, now: float) -> Request:
+    def _check_open(self) -> None:
         if self._closed_for is not None:
             raise self._closed_for
+
+    def _tokenize(self, submit: Submit) -> Tokenized:
+        """Answer at once: it takes no slot, and the engine does not hear of it."""
+        self._check_open()
+        if self._vocabulary is None:
+            raise LmxError("unsupported_parameter", "This model has no tokenizer to ask", param="model")
+        tokens, text = self._vocabulary.tokenize(submit)
+        return Tokenized(self._incarnation, submit.rid, tokens, text)
+
+    def _admit(self, gateway: bytes, submit: Submit, now: float) -> Request:
+        self._check_open()
         if not submit.deadline_s > 0:  # also NaN
             raise _timed_out()
         limits = self._limits
@@ -195,18 +202,17 @@ class Book:
         self._last_job += 1
         return self._enter(self._last_job, gateway, submit, self._prepare(submit), now, limits)
 
-    def _end_resumed(self, request: Request) -> None:
-        """Answer a request of which only the end had not reached the gateway."""
-        stopped = request.answer.stopped
-        usage = Usage(len(request.job.prompt), request.completion_tokens)
-        finish = Finish.STOP if stopped else Finish.LENGTH
-        said = NOTHING if stopped else request.answer.finish()
-        if request.answer.called and finish is Finish.STOP:
-            finish = Finish.TOOL_CALLS
-        self._send(request.gateway, Accepted(self._incarnation, request.rid, usage.prompt_tokens))
-        last = Delta(request.rid, said.text, [], finish, usage, said.reasoning, list(said.tool_calls))
-        self._send(request.gateway, Step(self._incarnation, 0, [last]))
-        event("request_already_whole", trace=request.trace, rid=request.rid, completion_tokens=usage.completion_tokens)
+    def _end_whole(self, request: Request) -> None:
+        """Answer a request with nothing left to generate."""
+        prompt_tokens = len(request.job.prompt)
+        self._send(request.gateway, Accepted(self._incarnation, request.rid, prompt_tokens))
+        self._send(request.gateway, Step(self._incarnation, 0, [end_whole(request)]))
+        event(
+            "request_already_whole",
+            trace=request.trace,
+            rid=request.rid,
+            completion_tokens=request.completion_tokens,
+        )
 
     def _busy(self, why: str) -> LmxError:
         limits = self._limits
@@ -279,10 +285,6 @@ class Book:
             completion_tokens=request.completion_tokens,
             ms=round((now - request.received_at) * 1000),
         )
-
-
-def _joined(first: Said, then: Said) -> Said:
-    return Said(first.text + then.text, first.reasoning + then.reasoning, [*first.tool_calls, *then.tool_calls])
 
 
 def _timed_out() -> LmxError:

@@ -11,7 +11,7 @@ from protocol.errors import LmxError
 from protocol.spec import WorkerSpec
 from tests.fault.plan import FaultPlan, commit, marker, read_plan
 from worker.detok import AnswerText, StopStrings, TokenText
-from worker.jobs import AT_LENGTH, AT_STOP, GOES_ON, Job, Loaded, Prepared, Token
+from worker.jobs import AT_LENGTH, AT_STOP, GOES_ON, NO_SCORES, Job, Loaded, Prepared, Token
 from worker.prompt import check_stops
 
 #: Prompt "tokens" that carry a fault to the engine: base + index of the word, then its numbers.
@@ -25,6 +25,8 @@ def text_of(tokens: list[int]) -> str:
 
 class CountingBackend:
     """`worker.jobs.Backend`: the n-th token of each answer is n; the first step of a job is its prefill."""
+
+    scores = NO_SCORES
 
     def __init__(self, plan: FaultPlan) -> None:
         self._plan = plan
