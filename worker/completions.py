@@ -49,8 +49,8 @@ class CompletionMaker:
                 f"{MAX_ECHOED_LOGPROBS} numbers. Ask for fewer logprobs or send a shorter prompt."
             )
             raise LmxError("invalid_value", msg, param="logprobs")
-        if submit.resume is not None:
-            self._words.check(submit.resume.token_ids, "prompt")
+        if submit.resume is not None and not self._words.has(submit.resume.token_ids):
+            raise LmxError("internal_error", "The answer was begun by another model and cannot be continued")
         room = self._max_model_len - len(prompt)
         return Prepared(
             prompt=prompt,

@@ -56,6 +56,7 @@ def serve_encoder(spec: WorkerSpec, encoder: Encoder, model: Bert, tokenizer: To
         prepare=inputs.prepare,
         canary=EmbeddingCanary(backend.run, encoder),
         memory=lambda: (mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory()),
+        vocabulary=inputs,
         answers_whole=True,
     )
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from worker.bert import Bert
 from worker.embedding_turns import Piece, Turns, buckets
-from worker.jobs import NO_SCORES, EncodeJob, Job, Scores, Whole
+from worker.jobs import NO_SCORES, EncodeJob, Job, Whole
 
 #: So short a vector has no direction; dividing by it would make one of noise.
 _TINY: Final = 1e-12
@@ -36,7 +36,8 @@ class _Open:
 class EmbeddingBackend:
     """`worker.jobs.Backend` on an encoder; a step takes at most `step_tokens` tokens, without padding."""
 
-    scores: Scores = NO_SCORES
+    #: It brings no tokens.
+    scores = NO_SCORES
 
     def __init__(self, model: Bert, *, scores_pairs: bool, step_tokens: int) -> None:
         self._model = model

@@ -5,9 +5,10 @@ from typing import Final
 
 from tokenizers import Tokenizer
 
-from protocol.data import MAX_FRAME_BYTES, Kind, Submit
+from protocol.data import MAX_FRAME_BYTES, Kind, Submit, TokenLogprob
 from protocol.encoder import Encoder
 from protocol.errors import LmxError
+from worker.jobs import Scored
 from worker.whole import NoText, PreparedEncode
 
 #: Texts that are tokenized between two looks at their lengths: one that is too long is told before all are done.
@@ -23,7 +24,7 @@ Sequenced = tuple[list[int], int]
 
 
 class InputMaker:
-    """Turns `Submit`s into sequences with one model's tokenizer."""
+    """Turns `Submit`s into sequences with one model's tokenizer; it is the model's `worker.jobs.Vocabulary` too."""
 
     def __init__(self, tokenizer: Tokenizer, encoder: Encoder) -> None:
         # Files of sentence-transformers cut at 128 tokens and fill up to them.
@@ -35,7 +36,7 @@ class InputMaker:
     @property
     def kinds(self) -> list[str]:
         """What a model with this encoder can be asked for."""
-        return ["rerank"] if self._encoder.scores_pairs else ["embedding", "rerank"]
+        return ["rerank", "tokenize"] if self._encoder.scores_pairs else ["embedding", "rerank", "tokenize"]
 
     def prepare(self, submit: Submit) -> PreparedEncode:
         """Return the request ready for the engine; raise `LmxError` with words for the client."""
@@ -48,7 +49,7 @@ class InputMaker:
             make = self._pairs if self._encoder.scores_pairs else self._sequences
             sequences = make(submit.inputs, ["query", "documents"])
         else:
-            kinds = " and ".join(self.kinds)
+            kinds = ", ".join(self.kinds)
             raise LmxError("invalid_value", f"This model is for {kinds}, and for nothing else", param="model")
         prompt: list[int] = []
         ends: list[int] = []
@@ -57,10 +58,34 @@ class InputMaker:
             prompt += tokens
             ends.append(len(prompt))
             seconds.append(second)
-        ranks = submit.kind is Kind.RERANK
         return PreparedEncode(
-            prompt, 1, NoText(), ends=ends, seconds=seconds, dimensions=submit.dimensions, ranks=ranks
+            prompt=prompt,
+            max_tokens=1,
+            answer=NoText(),
+            ends=ends,
+            seconds=seconds,
+            dimensions=submit.dimensions,
+            ranks=submit.kind is Kind.RERANK,
         )
+
+    def tokenize(self, submit: Submit) -> tuple[list[int], str]:
+        """Answer `Kind.TOKENIZE` and `Kind.DETOKENIZE` with both sides; raise `LmxError`."""
+        match submit.kind, submit.inputs:
+            case Kind.TOKENIZE, [str(text)]:
+                return self._tokenizer.encode(text).ids, text
+            case Kind.DETOKENIZE, [list(tokens)]:
+                if tokens:
+                    self._checked(tokens, ("tokens", ""), 0)
+                return tokens, self._tokenizer.decode(tokens, skip_special_tokens=False)
+        if submit.messages:
+            raise LmxError("invalid_value", "This model has no conversations: send 'prompt'", param="messages")
+        param = "prompt" if submit.kind is Kind.TOKENIZE else "tokens"
+        raise LmxError("invalid_value", f"'{param}' must be given, once", param=param)
+
+    def spell(self, scored: Scored) -> TokenLogprob:
+        """Return a token in words; an encoder predicts none, so there is nothing more to say of it."""
+        text = self._tokenizer.id_to_token(scored.token) or ""
+        return TokenLogprob(text, scored.logprob, text.encode())
 
     def _check_vectors(self, count: int, dimensions: int) -> None:
         own = self._encoder.shape.hidden_size

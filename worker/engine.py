@@ -6,7 +6,7 @@ from time import monotonic
 from typing import Any, Final
 
 from protocol.states import Phase
-from worker.jobs import Backend, Command, End, Event, Job, Remove, Status, Stepped
+from worker.jobs import Backend, Command, End, Event, Job, Remove, Scores, Status, Stepped
 
 #: An idle engine looks up this often; commands wake it at once, so this bounds nothing a client can feel.
 _IDLE_WAIT_S: Final = 5.0
@@ -26,7 +26,7 @@ class Engine:
         emit: Callable[[Event], None],
         status: Status,
         *,
-        reports: Callable[[int, Any], Event] | None = None,
+        reports: Callable[[int, Any, Scores], Event] = Stepped,
         canary: Callable[[], None] = lambda: None,
         canary_idle_s: float = float("inf"),
     ) -> None:
@@ -34,8 +34,8 @@ class Engine:
         self._commands = commands
         self._emit = emit
         self._status = status
-        #: Makes the event of a step and what it brought.
-        self._reports = reports or (lambda step, tokens: Stepped(step, tokens, backend.scores))
+        #: Makes the event of a step: its number, what it brought, what that was worth.
+        self._reports = reports
         #: Generates one token; run whenever the engine has been idle for so long, to learn of a dead GPU before a
         #: client does.
         self._canary = canary
@@ -85,7 +85,7 @@ class Engine:
         status.step_at = monotonic()
         self._canary_at = status.step_at + self._canary_idle_s
         if brought:
-            self._emit(self._reports(status.step, brought))
+            self._emit(self._reports(status.step, brought, self._backend.scores))
 
     def _run_canary(self) -> None:
         """Generate a token for nobody. Shown as decoding, so that one that never comes is found like any other hang."""

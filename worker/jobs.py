@@ -253,10 +253,10 @@ class Loaded(msgspec.Struct, frozen=True):
     canary: Callable[[], None]
     #: Active, cached and peak bytes. Called by the IO thread.
     memory: Callable[[], tuple[int, int, int]]
-    #: None where the model has no tokens to speak of.
-    vocabulary: Vocabulary | None = None
     #: Whether each request is answered with one message, at its end.
     answers_whole: bool = False
+    #: None where the model has no tokens to speak of.
+    vocabulary: Vocabulary | None = None
 
 
 class Status:

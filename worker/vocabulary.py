@@ -31,6 +31,8 @@ class Words:
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self._literal = {int(number): str(token) for number, token in added.items()}
         self._bytes_of = _find_spelling(tokenizer)
+        #: Text and bytes of tokens asked for before; at most the whole vocabulary.
+        self._spelled: dict[int, tuple[str, bytes]] = {}
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text, with the special tokens that the tokenizer puts around any.
@@ -40,9 +42,13 @@ class Words:
         special = self._bos is None or not text.startswith(self._bos)
         return list(self._tokenizer.encode(text, add_special_tokens=special))
 
+    def has(self, tokens: list[int]) -> bool:
+        """Return whether these are tokens: what is past the end would be read from memory that is not ours."""
+        return not tokens or (min(tokens) >= 0 and max(tokens) < self.size)
+
     def check(self, tokens: list[int], param: str) -> None:
-        """Raise `LmxError` unless these are tokens: what is past the end would be read from memory not ours."""
-        if tokens and not (min(tokens) >= 0 and max(tokens) < self.size):
+        """Raise `LmxError` unless these are tokens."""
+        if not self.has(tokens):
             msg = f"Token ids of this model are numbers from 0 to {self.size - 1}"
             raise LmxError("invalid_value", msg, param=param)
 
@@ -62,12 +68,19 @@ class Words:
 
     def spell(self, scored: Scored) -> TokenLogprob:
         """Return a scored token in words; half a character is U+FFFD as text, and itself as bytes."""
-        spelled = self.bytes_of(scored.token)
+        text, spelled = self._spell(scored.token)
         top = []
         for token, logprob in scored.top:
-            other = self.bytes_of(token)
-            top.append(TopLogprob(_text(other), logprob, other))
-        return TokenLogprob(_text(spelled), scored.logprob, spelled, top)
+            other_text, other = self._spell(token)
+            top.append(TopLogprob(other_text, logprob, other))
+        return TokenLogprob(text, scored.logprob, spelled, top)
+
+    def _spell(self, token: int) -> tuple[str, bytes]:
+        known = self._spelled.get(token)
+        if known is None:
+            spelled = self.bytes_of(token)
+            known = self._spelled[token] = (spelled.decode("utf-8", errors="replace"), spelled)
+        return known
 
     def bytes_of(self, token: int) -> bytes:
         """Return what the token adds to a text; a special token is spelled out."""
@@ -99,10 +112,6 @@ def byte_letters() -> dict[str, int]:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     spare = iter(range(256, 512))
     return {chr(byte) if byte in printable else chr(next(spare)): byte for byte in range(256)}
-
-
-def _text(spelled: bytes) -> str:
-    return spelled.decode("utf-8", errors="replace")
 
 
 def _find_spelling(tokenizer: Any) -> Callable[[int, str], bytes]:

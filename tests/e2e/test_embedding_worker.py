@@ -145,6 +145,18 @@ def test_tokens_are_taken_as_they_are(gateway: EmbeddingGateway, tiny: Path) -> 
     assert np.abs(gateway.embed(tokens, text, [5]) - [reference.vector(x) for x in (tokens, text, [5])]).max() < NOISE
 
 
+def test_texts_become_tokens_and_tokens_texts(gateway: EmbeddingGateway, tiny: Path) -> None:
+    text = "over the sea"
+    (said,) = gateway.wait(gateway.submit(data.Kind.TOKENIZE, [text]))
+    assert isinstance(said, data.Tokenized)
+    assert (said.tokens, said.text) == (Reference(tiny).tokenizer.encode(text).ids, text)
+    assert np.array_equal(gateway.embed(said.tokens), gateway.embed(text))
+    (back,) = gateway.wait(gateway.submit(data.Kind.DETOKENIZE, [said.tokens]))
+    assert (back.tokens, back.text) == (said.tokens, "[CLS] over the sea [SEP]")
+    assert gateway.refused(data.Kind.DETOKENIZE, [10**6]).code == "invalid_value"
+    assert gateway.refused(data.Kind.TOKENIZE).param == "prompt"
+
+
 def test_documents_are_ranked_by_their_cosine(gateway: EmbeddingGateway) -> None:
     query, *documents = sentences(9)
     embedded = gateway.embed(query, *documents)

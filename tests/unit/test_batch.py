@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from worker import lean
+from worker import lean, scoring
 from worker.batch import BatchBackend
 from worker.jobs import AT_LENGTH, GOES_ON, NO_TOKEN, Job, Scored
 
@@ -296,6 +296,26 @@ def test_streams_go_on_while_a_long_prompt_is_scored(tiny: Model) -> None:
         steps += 1
     assert steps == 20
     assert backend.prefilling is False
+
+
+def test_no_more_logits_are_made_at_once_than_allowed(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "_MAX_LOGITS", 3 * tiny.vocabulary)
+    backend, sizes = tiny.backend(), []
+
+    def model(tokens: Any, cache: Any = None) -> Any:
+        sizes.append(tokens.shape[1])
+        return tiny.model(tokens, cache=cache)
+
+    model.layers = tiny.model.layers  # type: ignore[attr-defined]
+    backend._scorer._model = model
+    job = Job(1, prompt(2 * PREFILL + 1), 0, logprobs=1, echo=True)
+    outcome = Outcome()
+    backend.insert(job)
+    outcome.add(backend)
+    assert sum(sizes[1:]) == PREFILL
+    outcome.add(backend)
+    assert max(sizes) == 3
+    assert_scores_are_the_models(tiny, job, [], outcome.scores[1], 0)
 
 
 def test_several_short_prompts_are_scored_in_one_step(tiny: Model) -> None:

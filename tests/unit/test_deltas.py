@@ -4,11 +4,24 @@ from typing import Any
 
 import pytest
 
-from protocol.data import Delta, Finish, Kind, Resume, Sampling, Step, Submit, Tokenized, TokenLogprob, Usage
+from protocol.data import (
+    Delta,
+    Finish,
+    Kind,
+    Resume,
+    Sampling,
+    Step,
+    Submit,
+    Tokenized,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
 from protocol.errors import LmxError
 from worker.detok import AnswerText, StopStrings, TokenText
 from worker.entry import Limits
 from worker.jobs import AT_LENGTH, AT_STOP, GOES_ON, NO_TOKEN, Job, Prepared, Remove, Scored, Stepped
+from worker.outbox import MAX_UNSENT_BYTES, Outbox
 from worker.requests import Book
 
 PROMPT = "ab"
@@ -173,3 +186,13 @@ def test_a_worker_that_ends_tells_no_tokens() -> None:
     desk.book.close_admission(LmxError("model_restarting", "ending"), 0.0)
     desk.submit(1, kind=Kind.TOKENIZE, inputs=["x"])
     assert desk.sent[-1].code == "model_restarting"
+
+
+def test_an_echoed_prompt_does_not_count_as_unread_and_its_answer_does() -> None:
+    outbox = Outbox()
+    prompt = [TokenLogprob("a", -1.0, b"a")] * (MAX_UNSENT_BYTES // 16)
+    assert outbox.add(Step(1, 1, [Delta(7, "ab", [5], logprobs=prompt)])) == []
+    more = [Delta(7, "", [5], logprobs=[TokenLogprob("a", -1.0, b"a", [TopLogprob("a", -1.0, b"a")] * 20)])]
+    given_up = [outbox.add(Step(1, step, more)) for step in range(MAX_UNSENT_BYTES // 512)]
+    assert given_up[0] == []
+    assert [7] in given_up

@@ -188,6 +188,12 @@ def test_bad_prompts_and_parameters_are_named(
     assert "water" not in raised.value.message
 
 
+def test_an_answer_begun_with_other_tokens_is_not_looked_up(tiny_words: Words) -> None:
+    with pytest.raises(LmxError) as raised:
+        complete(tiny_words, "the water", resume=Resume([5, 10**8]))
+    assert raised.value.code == "internal_error"
+
+
 def test_an_echo_too_large_for_a_frame_is_refused(tiny_words: Words) -> None:
     maker = CompletionMaker(tiny_words, max_model_len=10**6, special=frozenset())
     tokens = [5] * (MAX_ECHOED_LOGPROBS // 2 + 1)
