@@ -16,7 +16,7 @@ from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBat
 
 from protocol.logs import event
 from worker.logprobs import Recorder, arrays_of, record
-from worker.penalties import Constrained
+from worker.penalties import Constrained, Penalties, PenaltyGroup
 from worker.sampling import Sampler, SeededSampler, draw_seeded
 
 #: What we take over from mlx-lm, as far as it can be seen from outside.
@@ -47,15 +47,19 @@ class Plan:
     """What has to be done to the rows of one batch; the same until a row joins or leaves."""
 
     def __init__(self, samplers: Sequence[Sampler], processors: Sequence[Sequence[Any]]) -> None:
-        #: Rows with anything to do before the choice, and what.
-        self._processed: list[tuple[int, list[Any]]] = []
         #: Rows to be scored, and how many of the likeliest tokens with each.
         self.recorded: list[tuple[int, int]] = []
+        #: Rows with anything to do before the choice, and what; penalties, which come first, are done together.
+        self._processed: list[tuple[int, list[Any]]] = []
+        penalised: list[tuple[int, Penalties]] = []
         for row, of_row in enumerate(processors):
             self.recorded += [(row, one.top) for one in of_row if isinstance(one, Recorder)]
-            rest = [one for one in of_row if not isinstance(one, Recorder)]
+            penalised += [(row, one) for one in of_row if isinstance(one, Penalties)]
+            rest = [one for one in of_row if not isinstance(one, Recorder | Penalties)]
             if rest:
                 self._processed.append((row, rest))
+        self._penalties = PenaltyGroup([one for _, one in penalised]) if penalised else None
+        self._penalised = mx.array([row for row, _ in penalised], dtype=mx.int32)
         self._waits = any(isinstance(one, Constrained) for _, rest in self._processed for one in rest)
         groups: dict[Any, list[int]] = {}
         for row, sampler in enumerate(samplers):
@@ -66,7 +70,7 @@ class Plan:
 
     def process(self, inputs: Any, logits: Any) -> Any:
         """Return the logits with the processors of the rows that have any applied."""
-        if not self._processed:
+        if self._penalties is None and not self._processed:
             return logits
         tokens: list[int] = []
         if self._waits:
@@ -75,6 +79,14 @@ class Plan:
             tokens = inputs.tolist()
         # The other rows choose the same from float32; rounding back would undo small penalties.
         logits = logits.astype(mx.float32)
+        if self._penalties is not None:
+            rows = self._penalised
+            if rows.size == logits.shape[0]:
+                logits = self._penalties(inputs, logits)
+            else:
+                logits[rows] = self._penalties(inputs[rows], logits[rows])
+        if not self._processed:
+            return logits
         changed = []
         for row, processors in self._processed:
             one = logits[row : row + 1]
@@ -84,10 +96,13 @@ class Plan:
                 else:
                     one = processor(inputs[row : row + 1], one)
             changed.append(one)
-        if len(changed) == logits.shape[0]:
-            return mx.concatenate(changed, axis=0)
         logits[mx.array([row for row, _ in self._processed])] = mx.concatenate(changed, axis=0)
         return logits
+
+    def release(self) -> None:
+        """Give the rows back what was kept for all of them together."""
+        if self._penalties is not None:
+            self._penalties.release()
 
     def choose(self, logits: Any) -> Any:
         """Return one token for each row, (rows,)."""
@@ -116,13 +131,21 @@ class LeanBatch(GenerationBatch):
 
     def extend(self, batch: GenerationBatch) -> None:
         """Take in the rows of another batch."""
+        for one in (self, batch):
+            if isinstance(one, LeanBatch):
+                one.drop_plan()
         super().extend(batch)  # type: ignore[no-untyped-call]
-        self._plan = None
 
     def filter(self, keep: list[int]) -> None:
         """Keep only these rows."""
+        self.drop_plan()
         super().filter(keep)
-        self._plan = None
+
+    def drop_plan(self) -> None:
+        """Forget what depends on which rows there are."""
+        if self._plan is not None:
+            self._plan.release()
+            self._plan = None
 
     def _step(self) -> tuple[list[int], list[Any]]:
         plan = self._plan

@@ -16,11 +16,11 @@ _NO_PENALTY: Final = 1.0
 
 
 class Penalties:
-    """Repetition, frequency and presence penalty.
+    """Repetition, frequency and presence penalty of one row.
 
     `repetition` divides positive and multiplies negative logits of tokens of the prompt and of the answer (Hugging
     Face's definition); `frequency` times the number of occurrences in the answer, and `presence` once, are subtracted
-    (OpenAI's). The counts are kept on the device, a token costs the same however many came before.
+    (OpenAI's). The counts are kept on the device: a token costs the same however many came before.
     """
 
     def __init__(
@@ -28,42 +28,78 @@ class Penalties:
     ) -> None:
         self._prompt = prompt
         self._said = said
-        self._repetition = repetition
-        self._frequency = frequency
-        self._presence = presence
+        self.repetition = repetition
+        self.frequency = frequency
+        self.presence = presence
         #: Occurrences in the answer, (vocabulary,). None until the first call, which tells how large that is.
-        self._counts: Any = None
+        self.counts: Any = None
         #: Whether a token is in the prompt or the answer, (vocabulary,).
-        self._seen: Any = None
+        self.seen: Any = None
 
     def __call__(self, tokens: Any, logits: Any) -> Any:
         """Return the logits of the next token, `tokens` ending with the one before it."""
+        group = PenaltyGroup([self])
+        logits = group(tokens[-1:], logits)
+        group.release()
+        return logits
+
+    def begin(self, vocabulary: int) -> None:
+        """Count what is there: the token before the first one of ours is the prompt's, or in `said`."""
+        said = _within(self._said, vocabulary)
+        self.counts = mx.array(np.bincount(said, minlength=vocabulary).astype(np.float32))
+        seen = np.zeros(vocabulary, dtype=np.bool_)
+        seen[said] = seen[_within(self._prompt, vocabulary)] = True
+        self.seen = mx.array(seen)
+
+
+class PenaltyGroup:
+    """The penalties of several rows as a few operations; holds their counts until it is released."""
+
+    def __init__(self, rows: Sequence[Penalties]) -> None:
+        self._rows = rows
+        self._index = mx.arange(len(rows))
+        self._repetition = _column([row.repetition for row in rows], _NO_PENALTY)
+        self._frequency = _column([row.frequency for row in rows], 0.0)
+        self._presence = _column([row.presence for row in rows], 0.0)
+        self._counts: Any = None
+        self._seen: Any = None
+
+    def __call__(self, tokens: Any, logits: Any) -> Any:
+        """Return the logits (rows, vocabulary) of the next tokens, `tokens` (rows,) being those before."""
+        counted: Any = 1.0
         if self._counts is None:
-            self._begin(logits.shape[-1])
-        else:
-            self._count(tokens[-1:])
-        if self._repetition != _NO_PENALTY:
+            # What is the first call for a row has nothing new to count.
+            counted = mx.array([0.0 if row.counts is None else 1.0 for row in self._rows])
+            for row in self._rows:
+                if row.counts is None:
+                    row.begin(logits.shape[-1])
+            self._counts = mx.stack([row.counts for row in self._rows])
+            if self._repetition is not None:
+                self._seen = mx.stack([row.seen for row in self._rows])
+        self._counts = self._counts.at[self._index, tokens].add(counted)
+        if self._repetition is not None:
+            self._seen[self._index, tokens] = mx.array(True)
             repeated = mx.where(logits > 0, logits / self._repetition, logits * self._repetition)
             logits = mx.where(self._seen, repeated, logits)
-        if self._frequency:
+        if self._frequency is not None:
             logits = logits - self._frequency * self._counts
-        if self._presence:
+        if self._presence is not None:
             logits = logits - self._presence * (self._counts > 0)
         return logits
 
-    def _begin(self, vocabulary: int) -> None:
-        """Count what is there: the token before the first one of ours is the prompt's, or in `said`."""
-        said = _within(self._said, vocabulary)
-        self._counts = mx.array(np.bincount(said, minlength=vocabulary).astype(np.float32))
-        if self._repetition != _NO_PENALTY:
-            seen = np.zeros(vocabulary, dtype=np.bool_)
-            seen[said] = seen[_within(self._prompt, vocabulary)] = True
-            self._seen = mx.array(seen)
+    def release(self) -> None:
+        """Give each row its counts back; the group is of no use any more."""
+        if self._counts is None:
+            return
+        for at, row in enumerate(self._rows):
+            row.counts = self._counts[at]
+            if self._seen is not None:
+                row.seen = self._seen[at]
 
-    def _count(self, token: Any) -> None:
-        self._counts = self._counts.at[token].add(1.0)
-        if self._seen is not None:
-            self._seen[token] = mx.array([True])
+
+def _column(values: Sequence[float], nothing: float) -> Any:
+    """Return one value per row, (rows, 1); None if all of them mean nothing."""
+    return None if all(value == nothing for value in values) else mx.array(list(values))[:, None]
 
 
 class Bias:
