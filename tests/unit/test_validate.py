@@ -592,7 +592,7 @@ def is_a_call_or_a_400(parse_body: Callable[[bytes, GatewayConfig], object], bod
 
 
 @pytest.mark.parametrize("parse_body", PARSERS)
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(fields=st.dictionaries(NAMES | st.text(max_size=5), json_values))
 def test_any_object_is_a_call_or_a_400(
     parse_body: Callable[[bytes, GatewayConfig], object], fields: dict[str, Any]
@@ -600,6 +600,7 @@ def test_any_object_is_a_call_or_a_400(
     is_a_call_or_a_400(parse_body, json.dumps({**PARSERS[parse_body], **fields}).encode())
 
 
+@settings(deadline=None)
 @given(
     message=st.fixed_dictionaries(
         {"role": st.sampled_from(["user", "assistant", "tool", "system"])},
