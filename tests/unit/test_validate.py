@@ -355,7 +355,6 @@ def test_what_shapes_an_answer_reaches_the_worker() -> None:
         parallel_tool_calls=False,
         json_schema=b'{"type":"object"}',
         template_args=b'{"style":1}',
-        reasoning=True,
         reasoning_effort="high",
         truncate_oldest=True,
     )
@@ -364,7 +363,7 @@ def test_what_shapes_an_answer_reaches_the_worker() -> None:
     assert parse(response_format={"type": "json_object"}).options.json_object
     assert parse(response_format=schema()).options.json_object
     assert parse(response_format={"type": "text"}).options == parse().options == ChatOptions()
-    assert parse(reasoning_effort="none").options == ChatOptions(reasoning=False)
+    assert parse(reasoning_effort="none").options == ChatOptions(reasoning_effort="none")
     assert parse(enable_thinking=False).options == ChatOptions(reasoning=False)
 
 
@@ -514,8 +513,7 @@ def test_tokenizing_a_text_or_a_conversation() -> None:
     chat = parse_tokenize(msgspec.json.encode(body), CONFIG)
     assert (chat.prompt, chat.options.template_args) == (None, b'{"a":1}')
     assert json.loads(chat.options.tools) == [tool("f")]
-    bare = parse_tokenize(msgspec.json.encode({**body, "add_generation_prompt": False}), CONFIG)
-    assert json.loads(bare.options.template_args) == {"a": 1, "add_generation_prompt": False}
+    assert parse_tokenize(msgspec.json.encode({**body, "add_generation_prompt": True}), CONFIG).ignored == []
     assert parse_detokenize(b'{"model":"m","tokens":[1,2]}', CONFIG).tokens == [1, 2]
     assert parse_detokenize(b'{"model":"m","tokens":[]}', CONFIG).tokens == []
 
@@ -531,6 +529,12 @@ def test_tokenizing_a_text_or_a_conversation() -> None:
             b'{"model":"m","prompt":"x","add_special_tokens":false}',
             "unsupported_parameter",
             "add_special_tokens",
+        ),
+        (
+            parse_tokenize,
+            b'{"model":"m","messages":[{"role":"user","content":"x"}],"add_generation_prompt":false}',
+            "unsupported_parameter",
+            "add_generation_prompt",
         ),
         (parse_detokenize, b'{"model":"m"}', "missing_field", "tokens"),
         (parse_detokenize, b'{"model":"m","tokens":[-1]}', "invalid_value", "tokens"),
