@@ -23,6 +23,7 @@ from gateway.validate import (
 from protocol.config import GatewayConfig
 from protocol.data import ChatMessage, ChatOptions, Sampling, ToolCall, ToolChoice
 from protocol.errors import LmxError
+from tests.bodykit import GOOD, bodies
 
 CONFIG = GatewayConfig()
 HELLO = {"role": "user", "content": "hello"}
@@ -596,7 +597,7 @@ def is_a_call_or_a_400(parse_body: Callable[[bytes, GatewayConfig], object], bod
 
 
 @pytest.mark.parametrize("parse_body", PARSERS)
-@settings(max_examples=300, deadline=None)
+@settings(deadline=None)
 @given(fields=st.dictionaries(NAMES | st.text(max_size=5), json_values))
 def test_any_object_is_a_call_or_a_400(
     parse_body: Callable[[bytes, GatewayConfig], object], fields: dict[str, Any]
@@ -624,6 +625,14 @@ def test_any_object_is_a_call_or_a_400(
 def test_any_conversation_is_a_call_or_a_400(message: object, tool: object, choice: object, shape: object) -> None:
     body = {"model": "m", "messages": [message], "tools": [tool], "tool_choice": choice, "response_format": shape}
     is_a_call_or_a_400(parse_chat, json.dumps(body).encode())
+
+
+@pytest.mark.parametrize(("path", "parse_body"), list(zip(GOOD, PARSERS, strict=True)))
+def test_thousands_of_random_bodies_are_calls_or_400s(
+    path: str, parse_body: Callable[[bytes, GatewayConfig], object]
+) -> None:
+    for body in bodies(path, 3000):
+        is_a_call_or_a_400(parse_body, json.dumps(body).encode())
 
 
 @pytest.mark.parametrize("parse_body", PARSERS)
