@@ -76,6 +76,7 @@ TOKENIZE: Final = Parameters(
     TokenizeRequest,
     MappingProxyType(
         {
+            "add_generation_prompt": (True,),
             "add_special_tokens": (True,),
             "chat_template": (),
             "continue_final_message": (False,),

@@ -163,7 +163,6 @@ class TokenizeRequest(msgspec.Struct):
     messages: list[Message] | None = None
     tools: list[Tool] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    add_generation_prompt: bool | None = None
 
 
 class DetokenizeRequest(msgspec.Struct):

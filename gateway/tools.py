@@ -45,8 +45,8 @@ def options(request: ChatRequest, fields: Fields, config: GatewayConfig) -> Chat
         json_object=json_object,
         json_schema=schema,
         template_args=template_args(fields),
-        reasoning=_thinks(request),
-        reasoning_effort="" if request.reasoning_effort in {None, "none"} else str(request.reasoning_effort),
+        reasoning=request.enable_thinking,
+        reasoning_effort=_effort(request),
         truncate_oldest=_truncation(request.truncation, config) == "oldest",
     )
 
@@ -125,15 +125,16 @@ def _format(request: ChatRequest) -> tuple[bool, bytes]:
     return False, whole(given.schema, at, MAX_SCHEMA_BYTES)
 
 
-def _thinks(request: ChatRequest) -> bool | None:
+def _effort(request: ChatRequest) -> str:
+    """Return how much the model should think; the worker knows what its template can say."""
     effort = request.reasoning_effort
-    if effort is not None and effort not in EFFORTS:
+    if effort is None:
+        return ""
+    if effort not in EFFORTS:
         raise bad("reasoning_effort", f"must be {', '.join(EFFORTS[:-1])} or {EFFORTS[-1]}")
-    by_effort = None if effort is None else effort != "none"
-    switch = request.enable_thinking
-    if switch is not None and by_effort is not None and switch is not by_effort:
+    if request.enable_thinking is not None and request.enable_thinking is (effort == "none"):
         raise bad("enable_thinking", "contradicts 'reasoning_effort'; send one of them")
-    return by_effort if switch is None else switch
+    return effort
 
 
 def _truncation(given: str | None, config: GatewayConfig) -> str:

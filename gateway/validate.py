@@ -4,7 +4,7 @@ from typing import Final
 
 import msgspec
 
-from gateway.decode import Fields, bad, missing, read
+from gateway.decode import bad, missing, read
 from gateway.messages import conversation
 from gateway.parameters import CHAT, COMPLETION, DETOKENIZE, TOKENIZE, settle
 from gateway.sampling import MAX_TOKEN_ID, MAX_TOP_LOGPROBS, choices, sampling, stream_usage, whole_number
@@ -134,10 +134,7 @@ def parse_tokenize(body: bytes, config: GatewayConfig) -> TokenizeCall:
     if (request.prompt is None) is (request.messages is None):
         raise missing("prompt") if request.prompt is None else bad("prompt", "and 'messages' exclude each other")
     messages = [] if request.messages is None else conversation(request.messages, config.max_messages)
-    made = ChatOptions(
-        tools=definitions(request.tools, fields),
-        template_args=_with_generation_prompt(template_args(fields), request.add_generation_prompt),
-    )
+    made = ChatOptions(tools=definitions(request.tools, fields), template_args=template_args(fields))
     return TokenizeCall(request.model, request.prompt, messages, made, ignored)
 
 
@@ -204,11 +201,3 @@ def _prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]
 def _check_tokens(tokens: list[int], where: str) -> None:
     if tokens and not (min(tokens) >= 0 and max(tokens) <= MAX_TOKEN_ID):
         raise bad(where, f"must hold token ids, 0 to {MAX_TOKEN_ID}")
-
-
-def _with_generation_prompt(args: bytes, wanted: bool | None) -> bytes:
-    """Add a variable of the chat template that only tokenizing may change."""
-    if wanted is not False:
-        return args
-    given: dict[str, msgspec.Raw] = msgspec.json.decode(args or b"{}", type=Fields)
-    return msgspec.json.encode({**given, "add_generation_prompt": False})

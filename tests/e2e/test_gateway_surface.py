@@ -2,65 +2,37 @@
 
 import asyncio
 import json
-import random
 import time
 from typing import Any
 
 import pytest
 
-from gateway.parameters import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
 from protocol.control import CatalogModel
 from protocol.data import Submit, Tokenized
 from protocol.states import ModelState
+from tests.bodykit import GOOD, bodies
 from tests.e2e.gateway_harness import Stack, stack
 
-GOOD: dict[str, dict[str, Any]] = {
-    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hello"}]},
-    "/v1/completions": {"prompt": "Once"},
-    "/v1/tokenize": {"prompt": "Once"},
-    "/v1/detokenize": {"tokens": [1]},
-}
-NAMES = sorted(
-    {name for table in (CHAT, COMPLETION, TOKENIZE, DETOKENIZE) for name in (*table.supported, *table.neutral)}
-)
-WORDS = ("user", "tool", "function", "json_schema", "required", "oldest", "text", "image_url", "", "x", "\u2028", "\0")
 BODIES = 400
 
 
-def value(rng: random.Random, depth: int = 0) -> Any:
-    """Return some JSON, nested a little, with names that mean something."""
-    kind = rng.randrange(9 if depth < 3 else 6)
-    if kind < 2:
-        return rng.choice(WORDS)
-    if kind < 4:
-        return rng.choice([0, 1, -1, 2, 16, 17, 2**31, 2**63, -(2**63), 10**30, 0.5, -0.0, 1e308, 5.0])
-    if kind < 6:
-        return rng.choice([None, True, False, [], {}])
-    inner = [value(rng, depth + 1) for _ in range(rng.randrange(4))]
-    if kind < 8:
-        return {rng.choice((*NAMES, "role", "content", "type", "name", "arguments", "id", "schema")): v for v in inner}
-    return inner
-
-
-async def send(lmx: Stack, path: str, **fields: Any) -> tuple[int, Any]:
-    answer = await lmx.client.post(path, content=json.dumps({"model": "none", **GOOD[path], **fields}))
+async def send(lmx: Stack, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+    answer = await lmx.client.post(path, content=json.dumps(body))
     return answer.status_code, answer.json()
 
 
 @pytest.mark.parametrize("path", GOOD)
 async def test_no_body_is_a_5xx(path: str) -> None:
     """The model is not there, so what passes every check is a 404."""
-    rng = random.Random(path)
     statuses: dict[int, int] = {}
     async with stack() as lmx:
         lmx.supervisor.publish()
-        assert (await send(lmx, path))[0] == 404
-        for _ in range(BODIES):
-            fields = {rng.choice(NAMES): value(rng) for _ in range(rng.randrange(1, 4))}
-            status, body = await send(lmx, path, **fields)
+        assert (await send(lmx, path, {"model": "none", **GOOD[path]}))[0] == 404
+        for body in bodies(path, BODIES):
+            status, answer = await send(lmx, path, body)
             statuses[status] = statuses.get(status, 0) + 1
-            assert status in {400, 404}, (fields, body)
-            assert body["error"].keys() == {"message", "type", "param", "code", "request_id"}
+            assert status in {400, 404}, (body, answer)
+            assert answer["error"].keys() == {"message", "type", "param", "code", "request_id"}
     # Both happened: the bodies are neither all hopeless nor all harmless.
     assert set(statuses) == {400, 404}
     assert min(statuses.values()) > BODIES // 20

@@ -18,4 +18,6 @@ list of them) or from a marker in the last message of a request:
     [[leak]]                 descriptors until there are no more
     [[fork]]                 starts a process and aborts
     [[tokens 500]]           an answer of 500 tokens
+    [[think]]                the first five tokens are reasoning
+    [[call]]                 the answer is a tool call, its text the argument
 """

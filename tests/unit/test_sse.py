@@ -2,14 +2,16 @@
 
 import json
 from typing import Any
+from unittest.mock import Mock
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.chunks import ChatChunks
+from gateway.chunks import ChatChunks, TextChunks
+from gateway.requests import Extras, Request
 from gateway.responses import CompletionUsage, PromptTokensDetails
 from gateway.sse import DONE, KEEPALIVE, frame, json_line
-from protocol.data import Finish
+from protocol.data import Delta, Finish, TokenLogprob, ToolDelta, TopLogprob
 
 any_text = st.text(st.characters(exclude_categories=["Cs"])) | st.text(
     "ab\n\r\x85\u2028\u2029\x0b\x0c\x1c ", max_size=9
@@ -58,6 +60,37 @@ def test_content_chunks_carry_any_text(text: str, model: str, usage: bool) -> No
     assert body["choices"] == [{"index": 0, "delta": {"content": text}, "logprobs": None, "finish_reason": None}]
     assert (body["model"], body["id"], body["created"]) == (model, "chatcmpl-1", 5)
     assert ("usage" in body) is usage
+
+
+def pieces(writer: ChatChunks | TextChunks, delta: Delta) -> list[dict[str, Any]]:
+    """What the stream of a request that got one delta holds, each event on one line whoever splits it."""
+    request = Mock(spec=Request)
+    extras = Extras([delta.reasoning] if delta.reasoning else [], delta.tool_calls, delta.logprobs)
+    request.extras = extras if delta.reasoning or delta.tool_calls or delta.logprobs else None
+    request.take.return_value = delta.text
+    request.take_extras.return_value = extras
+    lines = writer.piece(0, request).decode().splitlines()
+    assert lines[1::2] == [""] * (len(lines) // 2)
+    return [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines[::2]]
+
+
+@settings(deadline=None)
+@given(any_text, any_text, any_text, any_text)
+def test_every_kind_of_chunk_carries_any_text(text: str, thought: str, arguments: str, token: str) -> None:
+    logprob = TokenLogprob(token, -1.0, token.encode(), [TopLogprob(token, -1.0, token.encode())])
+    delta = Delta(1, text, [1], None, None, thought, [ToolDelta(0, "c", "f", arguments)], [logprob])
+    found = pieces(ChatChunks("a", 1, "m", "fp", usage=False), delta)
+    deltas = [choice["delta"] for choice in found]
+    assert "".join(delta.get("content", "") for delta in deltas) == text
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == thought
+    (call,) = [call for delta in deltas for call in delta.get("tool_calls", [])]
+    function = {"name": "f", "arguments": arguments}
+    assert call == {"index": 0, "id": "c", "type": "function", "function": function}
+    # Logprobs come once, whatever came with them.
+    (scored,) = [choice["logprobs"]["content"] for choice in found if choice["logprobs"]]
+    assert (scored[0]["token"], bytes(scored[0]["bytes"]).decode()) == (token, token)
+    (choice,) = pieces(TextChunks("a", 1, "m", "fp", usage=False), delta)
+    assert (choice["text"], choice["logprobs"]["tokens"]) == (text, [token])
 
 
 @given(any_text)
