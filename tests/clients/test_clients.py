@@ -17,6 +17,8 @@ from tests.modelkit import builtin_model
 
 CHAT, EMBEDDER = "smollm2-135m-instruct", "all-minilm-l6-v2"
 _WITHIN_S = 400
+# Importing some of these takes most of a minute on a cold, busy machine.
+pytestmark = pytest.mark.timeout(_WITHIN_S + 60)
 
 
 @pytest.fixture(scope="module")
