@@ -1,12 +1,12 @@
 """The batch of one model on `mlx_lm.generate.BatchGenerator`. Main thread only."""
 
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from mlx_lm.generate import BatchGenerator
 
-from worker.jobs import AT_LENGTH, AT_STOP, GOES_ON, Job, Token
+from worker.jobs import AT_LENGTH, AT_STOP, GOES_ON, Constraint, Job, Token
 from worker.sampling import Samplers
 
 #: Prompts whose chunks are processed together. More makes one chunk, and so the wait of the others, longer.
@@ -54,7 +54,10 @@ class BatchBackend:
     def insert(self, job: Job) -> None:
         """Queue the job in the generator; it joins the batch at the next step that has room."""
         sampler = self._samplers.of(job.temperature, job.top_p, job.seed, len(job.said))
-        (uid,) = self._generator.insert_segments([[job.prompt + job.said]], [job.max_tokens], samplers=[sampler])
+        processors = [] if job.constraint is None else [_constrained(job.constraint, len(job.prompt))]
+        (uid,) = self._generator.insert_segments(
+            [[job.prompt + job.said]], [job.max_tokens], samplers=[sampler], logits_processors=[processors]
+        )
         self._jobs[uid] = job.id
         self._uids[job.id] = uid
         self._before_first_token.add(uid)
@@ -87,3 +90,7 @@ class BatchBackend:
         while len(self):
             tokens += [token for _, token, _ in self.step()]
         return tokens
+
+
+def _constrained(constraint: Constraint, prompt_tokens: int) -> Callable[[Any, Any], Any]:
+    return lambda context, logits: constraint(context[prompt_tokens:].tolist(), logits)

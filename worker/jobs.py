@@ -12,11 +12,16 @@ import msgspec
 
 from protocol.control import Capabilities
 from protocol.data import Submit, ToolDelta
+from protocol.errors import LmxError
 from protocol.states import Phase, WorkerExit
 
 
 class Constraint(Protocol):
-    """Keeps one answer to a grammar. Made by the IO thread, then used by the main thread only."""
+    """Keeps one answer to a grammar. Called by the main thread only."""
+
+    @property
+    def failed(self) -> LmxError | None:
+        """Why the grammar cannot be kept any further; it then allows the end alone. Read by the IO thread."""
 
     def __call__(self, said: Sequence[int], logits: Any) -> Any:
         """Return a row of logits (1, vocabulary) with every token that may not come after `said` at -inf."""
@@ -152,6 +157,10 @@ class Answer(Protocol):
     @property
     def called(self) -> bool:
         """Whether the answer is, or ends with, tool calls."""
+
+    @property
+    def failed(self) -> LmxError | None:
+        """Why the answer cannot be gone on with, although it seems to end like any other."""
 
     def add(self, token: int) -> Said:
         """Return what is now certain."""

@@ -123,7 +123,12 @@ class Book:
         running = self._running
         for job, token, end in stepped.tokens:
             request = running.get(job)
-            if request is not None:  # else: removed while this step ran
+            if request is None:  # removed while this step ran
+                continue
+            failed = request.answer.failed if end == AT_STOP else None
+            if failed is not None:
+                self._end(job, failed, now)
+            else:
                 deltas.setdefault(request.gateway, []).append(self._advance(request, token, end, now))
         for gateway, of_gateway in deltas.items():
             self._send(gateway, Step(self._incarnation, stepped.step, of_gateway))
