@@ -6,7 +6,7 @@ other: both directions are queues, and `Status` is a handful of attributes that 
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -14,6 +14,9 @@ from protocol.control import Capabilities
 from protocol.data import Submit, ToolDelta
 from protocol.errors import LmxError
 from protocol.states import Phase, WorkerExit
+
+if TYPE_CHECKING:
+    from worker.intake import Unready
 
 
 class Constraint(Protocol):
@@ -113,7 +116,13 @@ class Finished(NamedTuple):
     message: str
 
 
-Event = Stepped | LoadProgress | Warming | Serving | Finished
+class Readied(NamedTuple):
+    """A request has been prepared by another thread."""
+
+    unready: "Unready"
+
+
+Event = Stepped | LoadProgress | Warming | Serving | Finished | Readied
 
 
 class Backend(Protocol):
@@ -183,12 +192,14 @@ class Loaded(msgspec.Struct, frozen=True):
 
     backend: Backend
     capabilities: Capabilities
-    #: Called by the IO thread; raises `protocol.errors.LmxError`.
+    #: Called by the IO thread and by those that `worker.intake` starts; raises `protocol.errors.LmxError`.
     prepare: Callable[[Submit], Prepared]
     #: Generates one token; whatever it raises ends the process.
     canary: Callable[[], None]
     #: Active, cached and peak bytes. Called by the IO thread.
     memory: Callable[[], tuple[int, int, int]]
+    #: Whether the IO thread may prepare it. Called by the IO thread.
+    is_quick: Callable[[Submit], bool] = lambda _: True
 
 
 class Status:

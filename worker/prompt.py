@@ -1,12 +1,14 @@
 """From a conversation to prompt tokens, with every check a request has to pass before it may wait for a slot."""
 
 import contextlib
+import functools
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from protocol.data import ChatMessage, Kind, Sampling, Submit, ToolChoice
 from protocol.errors import LmxError
+from protocol.logs import exception_event
 from worker.detok import AnswerText, Decode, StopStrings, TokenText
 from worker.jobs import Constraint, Prepared
 from worker.options import Wanted, read_options
@@ -48,7 +50,6 @@ class PromptMaker:
         self._longest_token = max((len(token) for token in vocabulary), default=1)
         self._last_token = max(vocabulary.values(), default=0)
         self._template = ChatTemplate(tokenizer)
-        self._grammars: Grammars | None = None
         self._lock = threading.Lock()
 
     @property
@@ -57,10 +58,12 @@ class PromptMaker:
         return self._template.exists
 
     def warm_up(self) -> None:
-        """Compile the template, so that the first request does not pay for it."""
+        """Compile the template and make the tokenizer of grammars, so that no request pays for it."""
         probe = Submit(0, 0, Kind.CHAT, [ChatMessage("user", "hi")], Sampling(), 1.0)
         with contextlib.suppress(LmxError):  # a template may want more than this conversation has
             self.prepare(probe)
+        with self._lock:
+            self._grammars  # noqa: B018 - made now
 
     def is_quick(self, submit: Submit) -> bool:
         """Return whether `prepare` takes so little time that everyone else may wait for it."""
@@ -145,17 +148,26 @@ class PromptMaker:
         if wanted.schema is None and not wanted.forced:
             return None
         thinking = self._thinking(wanted, is_open=is_open)
-        if wanted.forced:
-            return self._grammar().for_call(wanted.forced, thinking)
-        return self._grammar().for_schema(wanted.schema or b"", thinking)
-
-    def _grammar(self) -> "Grammars":
-        from worker.grammar import Grammars  # noqa: PLC0415 - most workers never need it
-
         with self._lock:
-            if self._grammars is None:
-                self._grammars = Grammars(self._tokenizer, self._eos)
-            return self._grammars
+            grammars = self._grammars
+        if grammars is None:
+            param = "tool_choice" if wanted.forced else "response_format"
+            raise LmxError("unsupported_parameter", "This model's tokenizer cannot be held to a grammar", param=param)
+        if wanted.forced:
+            return grammars.for_call(wanted.forced, thinking)
+        return grammars.for_schema(wanted.schema or b"", thinking)
+
+    @functools.cached_property
+    def _grammars(self) -> "Grammars | None":
+        if not self._eos:
+            return None
+        from worker.grammar import Grammars  # noqa: PLC0415 - the tests' models mostly do without
+
+        try:
+            return Grammars(self._tokenizer, self._eos)
+        except Exception as error:  # noqa: BLE001 - a tokenizer may be of any kind; the model still serves
+            exception_event("grammar_tokenizer_refused", error)
+            return None
 
     def _thinking(self, wanted: Wanted, *, is_open: bool) -> "Thinking | None":
         from worker.grammar import Thinking  # noqa: PLC0415

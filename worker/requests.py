@@ -88,8 +88,7 @@ class Book:
         except LmxError as error:
             if error.__cause__ is not None:
                 exception_event("prompt_refused", error.__cause__, trace=submit.trace, rid=submit.rid)
-            self._refuse(gateway, submit.rid, error)
-            event("request_refused", trace=submit.trace, rid=submit.rid, code=error.code)
+            self.refuse(gateway, submit, error)
             return
         if request.whole:
             self._end_resumed(request)
@@ -98,6 +97,24 @@ class Book:
         self._waiting[request.job.id] = request
         self._fill_slots(now)
         self._expect(request)
+
+    def refuse(self, gateway: bytes, submit: Submit, error: LmxError) -> None:
+        """Tell the gateway that a request is not taken."""
+        self._refuse(gateway, submit.rid, error)
+        event("request_refused", trace=submit.trace, rid=submit.rid, code=error.code)
+
+    def check_room(self, submit: Submit, coming: int = 0) -> None:
+        """Raise `LmxError` if a request cannot be taken; `coming` are on their way and wait too."""
+        if self._closed_for is not None:
+            raise self._closed_for
+        if not submit.deadline_s > 0:  # also NaN
+            raise _timed_out()
+        limits = self._limits
+        if len(self._running) >= limits.slots and len(self._waiting) + coming >= limits.queue_depth:
+            # Before tokenizing: under a flood the cheapest answer is the one that has to be given most often.
+            raise self._busy("the queue is full")
+        if coming >= limits.slots + limits.queue_depth:
+            raise self._busy("as many are being prepared")
 
     def abort(self, gateway: bytes, message: Abort, now: float) -> None:
         """Drop requests their gateway no longer wants, without a word to it."""
@@ -186,16 +203,9 @@ class Book:
     # -- inside -----------------------------------------------------------------------------------------------
 
     def _admit(self, gateway: bytes, submit: Submit, now: float) -> Request:
-        if self._closed_for is not None:
-            raise self._closed_for
-        if not submit.deadline_s > 0:  # also NaN
-            raise _timed_out()
-        limits = self._limits
-        if len(self._running) >= limits.slots and len(self._waiting) >= limits.queue_depth:
-            # Before tokenizing: under a flood the cheapest answer is the one that has to be given most often.
-            raise self._busy("the queue is full")
+        self.check_room(submit)
         self._last_job += 1
-        return enter(self._last_job, gateway, submit, self._prepare(submit), now, limits)
+        return enter(self._last_job, gateway, submit, self._prepare(submit), now, self._limits)
 
     def _end_resumed(self, request: Request) -> None:
         """Answer a request of which only the end had not reached the gateway."""

@@ -79,9 +79,13 @@ class Calls:
         shown: list[str] = []
         calls: list[ToolDelta] = []
         held, self._held = self._held, ""
-        if self.in_call:
+        if self.in_call and (not self._syntax.end or _is_json(held)):
             self.in_call = False
             self._take(held, "", shown, calls)
+        elif self.in_call:
+            # Some parsers make a call of the half of one; only of JSON it is certain that nothing is missing.
+            self.in_call = False
+            self._show(self._syntax.start + held, shown)
         elif held:
             self._show(held, shown)
         if self._space and not self._count:
@@ -199,6 +203,14 @@ class ForcedCall:
                     self.done = True
                     return text[: index + 1]
         return text
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _as_call(parsed: Any) -> tuple[str, str] | None:
