@@ -1,24 +1,20 @@
 """Requests on their way into the book: those that take long to prepare do so on threads of their own.
 
 Tokenizing a long prompt or compiling a schema takes from milliseconds to seconds, and the IO thread brings everyone's
-tokens. What is quick is prepared at once, and so may overtake what is not.
+tokens. What is quick is prepared at once, and so may overtake what is not; requests of one pace keep their order.
 """
 
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Final
 
 import msgspec
 
 from protocol.data import Submit
 from protocol.errors import LmxError
 from protocol.logs import event
-from worker.jobs import Event, Prepared, Readied
+from worker.jobs import Event, Pace, Prepared, Readied
 from worker.requests import Book
-
-#: One may be busy with something hostile.
-_THREADS: Final = 2
 
 
 class Unready(msgspec.Struct):
@@ -37,16 +33,16 @@ class Intake:
     def __init__(
         self,
         prepare: Callable[[Submit], Prepared],
-        is_quick: Callable[[Submit], bool],
+        pace: Callable[[Submit], Pace],
         emit: Callable[[Event], None],
     ) -> None:
         self._prepare = prepare
-        self._is_quick = is_quick
+        self._pace = pace
         self._emit = emit
-        self._queue: SimpleQueue[Unready] = SimpleQueue()
+        #: One thread each: a hostile schema holds up schemas at most.
+        self._queues: dict[Pace, SimpleQueue[Unready]] = {}
         self._pending: dict[tuple[bytes, int], Unready] = {}
         self._ready: Unready | None = None
-        self._threads: list[threading.Thread] = []
 
     @property
     def pending(self) -> int:
@@ -55,7 +51,8 @@ class Intake:
 
     def submit(self, book: Book, gateway: bytes, submit: Submit, now: float) -> None:
         """Hand a request to the book, now or when it is prepared. It counts as waiting until then."""
-        if self._is_quick(submit):
+        pace = self._pace(submit)
+        if pace is Pace.QUICK:
             book.submit(gateway, submit, now)
             return
         key = gateway, submit.rid
@@ -68,9 +65,10 @@ class Intake:
             book.refuse(gateway, submit, error)
             return
         unready = self._pending[key] = Unready(gateway, submit, now)
-        if not self._threads:
-            self._start()
-        self._queue.put(unready)
+        if pace not in self._queues:
+            queue = self._queues[pace] = SimpleQueue()
+            threading.Thread(target=self._run, args=[queue], name="prepare", daemon=True).start()
+        self._queues[pace].put(unready)
 
     def readied(self, book: Book, unready: Unready, now: float) -> None:
         """Hand over what a thread has prepared, unless nobody wants it any more."""
@@ -108,14 +106,9 @@ class Intake:
         if unready is not None:
             unready.dropped = True
 
-    def _start(self) -> None:
-        self._threads = [threading.Thread(target=self._run, name="prepare", daemon=True) for _ in range(_THREADS)]
-        for thread in self._threads:
-            thread.start()
-
-    def _run(self) -> None:
+    def _run(self, queue: "SimpleQueue[Unready]") -> None:
         while True:
-            unready = self._queue.get()
+            unready = queue.get()
             if unready.dropped:
                 continue
             try:

@@ -236,7 +236,7 @@ class IoThread:
     def _on_serving(self, serving: Serving, now: float) -> None:
         models, loaded = self._spec.models, serving.loaded
         limits = Limits(models.max_concurrent_requests, models.queue_depth, models.slot_timeout_s)
-        intake = self._intake = self._inbound.intake = Intake(loaded.prepare, loaded.is_quick, self.emit)
+        intake = self._intake = self._inbound.intake = Intake(loaded.prepare, loaded.pace, self.emit)
         book = Book(limits, self._spec.incarnation, intake.prepare, send=self._link.send, command=self._commands.put)
         self._book = self._inbound.book = book
         if self._report.draining:

@@ -6,6 +6,7 @@ other: both directions are queues, and `Status` is a handful of attributes that 
 
 import time
 from collections.abc import Callable, Sequence
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import msgspec
@@ -178,6 +179,17 @@ class Answer(Protocol):
         """Return what was held back, at the end of the generation."""
 
 
+class Pace(IntEnum):
+    """How long the preparing of a request takes, and by what."""
+
+    #: So little that everyone else may wait for it.
+    QUICK = 0
+    #: Milliseconds for each thousand words.
+    LONG_TEXT = 1
+    #: Up to seconds for what was meant to.
+    GRAMMAR = 2
+
+
 class Prepared(msgspec.Struct, frozen=True):
     """A request that passed every check: its prompt as tokens, its limit, and the making of its text."""
 
@@ -198,8 +210,8 @@ class Loaded(msgspec.Struct, frozen=True):
     canary: Callable[[], None]
     #: Active, cached and peak bytes. Called by the IO thread.
     memory: Callable[[], tuple[int, int, int]]
-    #: Whether the IO thread may prepare it. Called by the IO thread.
-    is_quick: Callable[[Submit], bool] = lambda _: True
+    #: How long `prepare` will take. Called by the IO thread.
+    pace: Callable[[Submit], Pace] = lambda _: Pace.QUICK
 
 
 class Status:

@@ -54,7 +54,7 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
             has_chat_template=prompts.has_chat_template,
         ),
         prepare=prompts.prepare,
-        is_quick=prompts.is_quick,
+        pace=prompts.pace,
         canary=Canary(backend, len(tokenizer)),
         memory=lambda: (mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory()),
     )

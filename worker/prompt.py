@@ -10,7 +10,7 @@ from protocol.data import ChatMessage, Kind, Sampling, Submit, ToolChoice
 from protocol.errors import LmxError
 from protocol.logs import exception_event
 from worker.detok import AnswerText, Decode, StopStrings, TokenText
-from worker.jobs import Constraint, Prepared
+from worker.jobs import Constraint, Pace, Prepared
 from worker.options import Wanted, read_options
 from worker.reasoning import Reasoning
 from worker.splitting import Plain, Splitter
@@ -65,17 +65,16 @@ class PromptMaker:
         with self._lock:
             self._grammars  # noqa: B018 - made now
 
-    def is_quick(self, submit: Submit) -> bool:
-        """Return whether `prepare` takes so little time that everyone else may wait for it."""
+    def pace(self, submit: Submit) -> Pace:
+        """Return how long `prepare` will take."""
         options = submit.options
         chars = sum(len(message.content) for message in submit.messages)
         if options is not None:
-            if options.json_object or options.json_schema or options.truncate_oldest:
-                return False
-            if options.tools and options.tool_choice in {ToolChoice.REQUIRED, ToolChoice.NAMED}:
-                return False
+            forced = options.tool_choice in {ToolChoice.REQUIRED, ToolChoice.NAMED}
+            if options.json_object or options.json_schema or (options.tools and forced):
+                return Pace.GRAMMAR
             chars += len(options.tools)
-        return chars <= _SHORT_CHARS
+        return Pace.QUICK if chars <= _SHORT_CHARS else Pace.LONG_TEXT
 
     def prepare(self, submit: Submit) -> Prepared:
         """Return the request ready for the engine; raise `LmxError` with words for the client."""

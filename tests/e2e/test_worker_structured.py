@@ -66,7 +66,7 @@ class Talk:
         self.calls[rid], self.reasoning[rid], self.arrivals[rid] = {}, "", []
         resumed = None if resume is None else data.Resume(resume)
         submit = data.Submit(
-            INCARNATION, rid, data.Kind.CHAT, messages, sampling, 60.0, resume=resumed, options=options
+            INCARNATION, rid, data.Kind.CHAT, messages, sampling, 600.0, resume=resumed, options=options
         )
         self.gateway.send(submit)
         return rid

@@ -11,7 +11,7 @@ from protocol.errors import LmxError
 from worker.detok import AnswerText, StopStrings, TokenText
 from worker.entry import Limits
 from worker.intake import Intake
-from worker.jobs import Event, Prepared, Readied
+from worker.jobs import Event, Pace, Prepared, Readied
 from worker.requests import Book
 
 GATEWAY = b"g"
@@ -25,11 +25,15 @@ class World:
         self.events: SimpleQueue[Event] = SimpleQueue()
         self.sent: list[Any] = []
         self.prepared_by: dict[int, str] = {}
-        self.intake = Intake(self.prepare, lambda submit: "quick" in submit.messages[0].content, self.events.put)
+        self.intake = Intake(self.prepare, self.pace, self.events.put)
         self.book = Book(
             Limits(slots, queue_depth, 10.0), 1, self.intake.prepare, send=lambda _, message: self.sent.append(message),
             command=lambda _: None,
         )  # fmt: skip
+
+    def pace(self, submit: Submit) -> Pace:
+        text = submit.messages[0].content
+        return Pace.QUICK if "quick" in text else Pace.GRAMMAR if "schema" in text else Pace.LONG_TEXT
 
     def prepare(self, submit: Submit) -> Prepared:
         self.prepared_by[submit.rid] = threading.current_thread().name
@@ -66,6 +70,19 @@ def test_the_quick_overtake_the_slow_and_nobody_waits_for_them() -> None:
     assert world.answers() == {2: "Accepted", 1: "Accepted"}
     assert world.intake.pending == 0
     assert world.prepared_by == {1: "prepare", 2: threading.current_thread().name}
+
+
+def test_requests_of_one_pace_keep_their_order_and_do_not_hold_up_the_other() -> None:
+    world = World(slots=20)
+    world.submit(1, "slow schema")
+    for rid in range(2, 12):
+        world.submit(rid, "long")
+    for _ in range(10):
+        world.readied()
+    assert [message.rid for message in world.sent] == list(range(2, 12))
+    world.go.set()
+    world.readied()
+    assert world.sent[-1].rid == 1
 
 
 def test_a_refusal_is_told_like_any_other() -> None:
