@@ -13,6 +13,8 @@ from worker.jobs import NOTHING, Said
 #: The text between the markers and the tool definitions to one call or several; raises anything for what is none.
 Parse = Callable[[str, Any], Any]
 
+#: Parsers are regular expressions, run where everyone's tokens pass.
+MAX_CALL_CHARS: Final = 256 * 1024
 #: How the grammar of a forced call begins (`worker.grammar`).
 _FORCED_HEAD: Final = re.compile(r'\{"name": "([^"\\]*)", "arguments": ')
 
@@ -132,6 +134,8 @@ class Calls:
             self._held = ""
 
     def _read(self, body: str) -> list[tuple[str, str]] | None:
+        if len(body) > MAX_CALL_CHARS:
+            return None
         try:
             parsed = self._syntax.parse(body, self._tools)
         except Exception:  # noqa: BLE001 - mlx-lm's parsers raise anything for what a model may write

@@ -186,6 +186,11 @@ def test_without_parallel_calls_the_first_ends_the_answer() -> None:
     assert whole(joined(said, splitter.finish()))[0] == ""
 
 
+def test_a_call_longer_than_any_is_text() -> None:
+    text = '<tool_call>{"name": "look", "arguments": {"a": "' + "x" * 300_000 + '"}}</tool_call>'
+    assert whole(through(calls(), [text])) == (text, "", [])
+
+
 def test_a_partial_marker_at_the_end_is_given_out() -> None:
     splitter = calls()
     assert splitter.add("a <tool_c").text == "a"
@@ -248,6 +253,21 @@ RECORDED = {
     ),
     "longcat": '<longcat_tool_call>{"name": "get_weather", "arguments": {"city": "Oslo", "days": 2}}'
     "</longcat_tool_call>",
+    "laguna": (
+        "<tool_call>get_weather<arg_key>city</arg_key><arg_value>Oslo</arg_value><arg_key>days</arg_key>"
+        "<arg_value>2</arg_value></tool_call>"
+    ),
+    "gemma4": '<|tool_call>call:get_weather{city:<|"|>Oslo<|"|>,days:2}<tool_call|>',
+    "minicpm5": '<function name="get_weather"><param name="city">Oslo</param><param name="days">2</param></function>',
+    "muse_spark": (
+        '<atem:function_calls><atem:invoke name="get_weather"><atem:parameter name="city">Oslo</atem:parameter>'
+        '<atem:parameter name="days">2</atem:parameter></atem:invoke></atem:function_calls>'
+    ),
+    "kimi_k3": (
+        '<|open|>tools<|sep|><|open|>call tool="get_weather" index="1"<|sep|><|open|>argument key="city" '
+        'type="string"<|sep|>Oslo<|close|>argument<|sep|><|open|>argument key="days" type="number"<|sep|>2'
+        "<|close|>argument<|sep|><|close|>call<|sep|><|close|>tools<|sep|>"
+    ),
     "function_gemma": (
         "<start_function_call>call:get_weather{city:<escape>Oslo<escape>,days:2}<end_function_call>"
     ),
