@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from protocol import data
+from protocol import PROTOCOL_VERSION, control, data
 from protocol.config import ModelsConfig
 from tests.modelkit import default_model, make_tiny_model
 from tests.workerkit import INCARNATION, Answer, Gateway, WorkerProcess
@@ -227,11 +227,15 @@ def test_the_default_model_keeps_to_schemas_and_calls_tools_when_told() -> None:
     }
     with WorkerProcess(default_model(), module="worker") as process:
         talk = Talk(process.ready().gateway())
+        assert process.supervisor is not None
+        # Without the fast matrix library of the supervisor's children this takes longer than an ordinary lease.
+        process.supervisor.send(control.Welcome(PROTOCOL_VERSION, 900.0))
         asked = "What is the capital of France? Answer in JSON."
         about = talk.ask(asked, json_schema=json.dumps(schema).encode(), max_tokens=100)
         tools = json.dumps([weather]).encode()
         forced = talk.ask("How is the weather in Paris?", tools=tools, tool_choice=data.ToolChoice.REQUIRED)
         answers = talk.gateway.finish(about, forced, timeout_s=300)
+        assert [answer.error for answer in answers] == [None, None]
         assert json.loads(answers[0].text)["city"] == "Paris"
         assert answers[0].finish is data.Finish.STOP
         assert answers[1].finish is data.Finish.TOOL_CALLS
