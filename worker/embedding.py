@@ -16,6 +16,7 @@ from worker.bert import Bert, rename
 from worker.embedding_batch import EmbeddingBackend
 from worker.embedding_inputs import InputMaker
 from worker.failures import FatalError
+from worker.intake import pace_of_inputs
 from worker.jobs import EncodeJob, Loaded, Whole
 
 _CANARY_TOKENS = 8
@@ -54,6 +55,7 @@ def serve_encoder(spec: WorkerSpec, encoder: Encoder, model: Bert, tokenizer: To
             has_chat_template=False,
         ),
         prepare=inputs.prepare,
+        pace=pace_of_inputs,
         canary=EmbeddingCanary(backend.run, encoder),
         memory=lambda: (mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory()),
         vocabulary=inputs,

@@ -6,18 +6,27 @@ other: both directions are queues, and `Status` is a handful of attributes that 
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from enum import IntEnum
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import msgspec
 
 from protocol.control import Capabilities
 from protocol.data import Submit, TokenLogprob, ToolDelta
+from protocol.errors import LmxError
 from protocol.states import Phase, WorkerExit
+
+if TYPE_CHECKING:
+    from worker.intake import Unready
 
 
 class Constraint(Protocol):
-    """Keeps one answer to a grammar. Made by the IO thread, then used by the main thread only."""
+    """Keeps one answer to a grammar. Called by the main thread only."""
+
+    @property
+    def failed(self) -> LmxError | None:
+        """Why the grammar cannot be kept any further; it then allows the end alone. Read by the IO thread."""
 
     def __call__(self, said: Sequence[int], logits: Any) -> Any:
         """Return a row of logits (1, vocabulary) with every token that may not come after `said` at -inf."""
@@ -165,7 +174,13 @@ class Finished(NamedTuple):
     message: str
 
 
-Event = Stepped | Answered | LoadProgress | Warming | Serving | Finished
+class Readied(NamedTuple):
+    """A request has been prepared by another thread."""
+
+    unready: "Unready"
+
+
+Event = Stepped | Answered | LoadProgress | Warming | Serving | Finished | Readied
 
 
 class Backend(Protocol):
@@ -214,11 +229,26 @@ class Answer(Protocol):
     def called(self) -> bool:
         """Whether the answer is, or ends with, tool calls."""
 
+    @property
+    def failed(self) -> LmxError | None:
+        """Why the answer cannot be gone on with, although it seems to end like any other."""
+
     def add(self, token: int) -> Said:
         """Return what is now certain."""
 
     def finish(self) -> Said:
         """Return what was held back, at the end of the generation."""
+
+
+class Pace(IntEnum):
+    """How long the preparing of a request takes, and by what."""
+
+    #: So little that everyone else may wait for it.
+    QUICK = 0
+    #: Milliseconds for each thousand words.
+    LONG_TEXT = 1
+    #: Up to seconds for what was meant to.
+    GRAMMAR = 2
 
 
 class Prepared(msgspec.Struct, frozen=True):
@@ -247,7 +277,7 @@ class Loaded(msgspec.Struct, frozen=True):
 
     backend: Backend
     capabilities: Capabilities
-    #: Called by the IO thread; raises `protocol.errors.LmxError`.
+    #: Called by the IO thread and by those that `worker.intake` starts; raises `protocol.errors.LmxError`.
     prepare: Callable[[Submit], Prepared]
     #: Generates one token; whatever it raises ends the process.
     canary: Callable[[], None]
@@ -257,6 +287,8 @@ class Loaded(msgspec.Struct, frozen=True):
     answers_whole: bool = False
     #: None where the model has no tokens to speak of.
     vocabulary: Vocabulary | None = None
+    #: How long `prepare` will take. Called by the IO thread.
+    pace: Callable[[Submit], Pace] = lambda _: Pace.QUICK
 
 
 class Status:

@@ -5,6 +5,7 @@ sockets or MLX. A request is `waiting` (in our own queue) or `running` (handed t
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Final
 
 from protocol.data import (
@@ -24,12 +25,13 @@ from protocol.errors import ERRORS, LmxError
 from protocol.logs import event, exception_event
 from worker.deltas import end_whole, make_delta
 from worker.entry import Limits, Request, enter
-from worker.jobs import GOES_ON, Command, Prepared, Remove, Scored, Stepped, Vocabulary
+from worker.jobs import AT_STOP, GOES_ON, Command, Prepared, Remove, Scored, Stepped, Vocabulary
 
 Reply = Accepted | Step | Refused | Failed | Embedded | Ranked | Tokenized
 
 NEVER: Final = float("inf")
-_AT_ONCE: Final = frozenset({Kind.TOKENIZE, Kind.DETOKENIZE})
+#: What takes no slot.
+TEXT_KINDS: Final = frozenset({Kind.TOKENIZE, Kind.DETOKENIZE})
 
 
 class Book:
@@ -50,6 +52,7 @@ class Book:
         prepare: Callable[[Submit], Prepared],
         vocabulary: Vocabulary | None = None,
         *,
+        tokenize: Callable[[Submit], tuple[list[int], str]] | None = None,
         send: Callable[[bytes, Reply], None],
         command: Callable[[Command], None],
     ) -> None:
@@ -57,6 +60,7 @@ class Book:
         self._incarnation = incarnation
         self._prepare = prepare
         self._vocabulary = vocabulary
+        self._tokenize = tokenize or partial(tokenize_with, vocabulary)
         self._send = send
         self._command = command
         self._waiting: dict[int, Request] = {}
@@ -90,15 +94,14 @@ class Book:
             event("request_duplicate", level="WARNING", trace=submit.trace, rid=submit.rid)
             return
         try:
-            if submit.kind in _AT_ONCE:
-                self._send(gateway, self._tokenize(submit))
+            if submit.kind in TEXT_KINDS:
+                self._send(gateway, self._tokenized(submit))
                 return
             request = self._admit(gateway, submit, now)
         except LmxError as error:
             if error.__cause__ is not None:
                 exception_event("prompt_refused", error.__cause__, trace=submit.trace, rid=submit.rid)
-            self._refuse(gateway, submit.rid, error)
-            event("request_refused", trace=submit.trace, rid=submit.rid, code=error.code)
+            self.refuse(gateway, submit, error)
             return
         if request.whole:
             self._end_whole(request)
@@ -107,6 +110,24 @@ class Book:
         self._waiting[request.job.id] = request
         self._fill_slots(now)
         self._expect(request)
+
+    def refuse(self, gateway: bytes, submit: Submit, error: LmxError) -> None:
+        """Tell the gateway that a request is not taken."""
+        self._refuse(gateway, submit.rid, error)
+        event("request_refused", trace=submit.trace, rid=submit.rid, code=error.code)
+
+    def check_room(self, submit: Submit, coming: int = 0) -> None:
+        """Raise `LmxError` if a request cannot be taken; `coming` are on their way and wait too."""
+        if self._closed_for is not None:
+            raise self._closed_for
+        if not submit.deadline_s > 0:  # also NaN
+            raise _timed_out()
+        limits = self._limits
+        if len(self._running) >= limits.slots and len(self._waiting) + coming >= limits.queue_depth:
+            # Before tokenizing: under a flood the cheapest answer is the one that has to be given most often.
+            raise self._busy("the queue is full")
+        if coming >= limits.slots + limits.queue_depth:
+            raise self._busy("as many are being prepared")
 
     def abort(self, gateway: bytes, message: Abort, now: float) -> None:
         """Drop requests their gateway no longer wants, without a word to it."""
@@ -133,6 +154,10 @@ class Book:
         for job, token, end in stepped.tokens:
             request = running.get(job)
             if request is None:  # removed while this step ran
+                continue
+            failed = request.answer.failed if end == AT_STOP else None
+            if failed is not None:
+                self._end(job, failed, now)
                 continue
             scored = stepped.scores.get(job, ()) if stepped.scores else ()
             delta = self._advance(request, token, end, scored, now)
@@ -179,28 +204,17 @@ class Book:
 
     # -- inside -----------------------------------------------------------------------------------------------
 
-    def _check_open(self) -> None:
+    def _tokenized(self, submit: Submit) -> Tokenized:
+        """Answer at once: it takes no slot, and the engine does not hear of it."""
         if self._closed_for is not None:
             raise self._closed_for
-
-    def _tokenize(self, submit: Submit) -> Tokenized:
-        """Answer at once: it takes no slot, and the engine does not hear of it."""
-        self._check_open()
-        if self._vocabulary is None:
-            raise LmxError("unsupported_parameter", "This model has no tokenizer to ask", param="model")
-        tokens, text = self._vocabulary.tokenize(submit)
+        tokens, text = self._tokenize(submit)
         return Tokenized(self._incarnation, submit.rid, tokens, text)
 
     def _admit(self, gateway: bytes, submit: Submit, now: float) -> Request:
-        self._check_open()
-        if not submit.deadline_s > 0:  # also NaN
-            raise _timed_out()
-        limits = self._limits
-        if len(self._running) >= limits.slots and len(self._waiting) >= limits.queue_depth:
-            # Before tokenizing: under a flood the cheapest answer is the one that has to be given most often.
-            raise self._busy("the queue is full")
+        self.check_room(submit)
         self._last_job += 1
-        return self._enter(self._last_job, gateway, submit, self._prepare(submit), now, limits)
+        return self._enter(self._last_job, gateway, submit, self._prepare(submit), now, self._limits)
 
     def _end_whole(self, request: Request) -> None:
         """Answer a request with nothing left to generate."""
@@ -285,6 +299,13 @@ class Book:
             completion_tokens=request.completion_tokens,
             ms=round((now - request.received_at) * 1000),
         )
+
+
+def tokenize_with(vocabulary: Vocabulary | None, submit: Submit) -> tuple[list[int], str]:
+    """Return both sides of a request to tokenize; raise `LmxError`."""
+    if vocabulary is None:
+        raise LmxError("unsupported_parameter", "This model has no tokenizer to ask", param="model")
+    return vocabulary.tokenize(submit)
 
 
 def _timed_out() -> LmxError:

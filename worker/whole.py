@@ -13,6 +13,7 @@ class NoText:
 
     stopped = False
     called = False
+    failed = None
 
     def add(self, _token: int) -> Said:
         """There are no tokens."""
