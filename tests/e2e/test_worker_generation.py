@@ -239,7 +239,9 @@ def test_the_default_models_echo_is_scored_as_by_a_forward_pass(real_model: Path
         tokens = reference.tokenizer.encode("Paris is 日本")
         answer = finish(gateway, gateway.complete(tokens, echo=True, max_tokens=2, logprobs=5))
         reference.check(tokens + answer.tokens, answer.logprobs, 5)
-        assert b"".join(one.bytes for one in answer.logprobs) == answer.text.encode()
+        # An answer cut off inside a character has its bytes in the logprobs and not in the text.
+        assert b"".join(one.bytes for one in answer.logprobs).startswith(answer.text.encode())
+        assert answer.text.startswith("Paris is 日本")
 
 
 PENALISED = {"temperature": 0.9, "seed": 5, "repetition_penalty": 1.2, "frequency_penalty": 0.4, "logprobs": 1}
