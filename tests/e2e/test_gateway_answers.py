@@ -25,7 +25,7 @@ from protocol.data import (
     Usage,
 )
 from tests.contract.openai_schema import check
-from tests.e2e.gateway_harness import FAIL, FakeWorker, Stack, chunks, error_code, stack, until
+from tests.e2e.gateway_harness import FAIL, FakeWorker, Stack, chat_body, chunks, error_code, stack, until
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 CALLS = [
@@ -218,15 +218,21 @@ async def test_one_failing_choice_fails_the_whole_answer() -> None:
         assert (answer.status_code, error_code(answer)) == (500, "internal_error")
         await worker.aborted(one.rid)
 
-        asking = lmx.chat(n=2, stream=True)
-        one, two = await accept(worker, 2)
-        await tell(worker, Delta(one.rid, "some", [1]), Delta(two.rid, "more", [1]))
-        await worker.send(Failed(1, two.rid, "internal_error", "words"))
-        answer = await asking
-        assert answer.status_code == 200
-        assert "some" in answer.text
-        assert "[DONE]" not in answer.text
-        assert (answer.text.count("event: error"), error_code(answer)) == (1, "internal_error")
+        got = ""
+        body = chat_body(n=2, stream=True)
+        accepting = asyncio.create_task(accept(worker, 2))
+        async with lmx.client.stream("POST", "/v1/chat/completions", json=body) as answer:
+            assert answer.status_code == 200
+            one, two = await accepting
+            await tell(worker, Delta(one.rid, "some", [1]), Delta(two.rid, "more", [1]))
+            async for text in answer.aiter_text():
+                if "more" not in got and "more" in got + text:
+                    # Not before: an error that comes before the headers is a clean status.
+                    await worker.send(Failed(1, two.rid, "internal_error", "words"))
+                got += text
+        assert "some" in got
+        assert "[DONE]" not in got
+        assert (got.count("event: error"), chunks(got)[-1]["error"]["code"]) == (1, "internal_error")
         await worker.aborted(one.rid)
 
 
