@@ -1,14 +1,14 @@
 """From a raw prompt, text or tokens, to a request that passed every check; and which kind of request is made how."""
 
 import math
+from collections.abc import Callable
 from typing import Final
 
 from protocol.data import Kind, Sampling, Submit
 from protocol.errors import LmxError
 from worker.detok import AnswerText, StopStrings, TokenText
-from worker.intake import pace_of_inputs
-from worker.jobs import Pace, Prepared
-from worker.prompt import PromptMaker, check_stops
+from worker.jobs import Prepared
+from worker.prompt import check_stops
 from worker.vocabulary import Words
 
 _MAX_LOGPROBS: Final = 20
@@ -88,10 +88,9 @@ class CompletionMaker:
 class Kinds:
     """Makes each kind of generation by its own maker, after the checks that all have in common."""
 
-    def __init__(self, chat: PromptMaker, completion: CompletionMaker, size: int) -> None:
+    def __init__(self, chat: Callable[[Submit], Prepared], completion: Callable[[Submit], Prepared], size: int) -> None:
         """`size` is how many tokens the model has."""
-        self._chat = chat
-        self._makers = {Kind.CHAT: chat.prepare, Kind.COMPLETION: completion.prepare}
+        self._makers = {Kind.CHAT: chat, Kind.COMPLETION: completion}
         self._size = size
 
     def __call__(self, submit: Submit) -> Prepared:
@@ -101,10 +100,6 @@ class Kinds:
             raise LmxError("unsupported_parameter", "This model generates text and nothing else", param="model")
         check_sampling(submit.sampling, self._size)
         return maker(submit)
-
-    def pace(self, submit: Submit) -> Pace:
-        """Return how long the call will take."""
-        return pace_of_inputs(submit) if submit.inputs else self._chat.pace(submit)
 
 
 def check_sampling(sampling: Sampling, size: int) -> None:

@@ -38,6 +38,7 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
 
     from worker.batch import BatchBackend  # noqa: PLC0415
     from worker.completions import CompletionMaker, Kinds  # noqa: PLC0415
+    from worker.intake import pace_of_inputs  # noqa: PLC0415
     from worker.prompt import PromptMaker, find_context  # noqa: PLC0415
     from worker.vocabulary import Words, special_ids  # noqa: PLC0415
 
@@ -50,7 +51,6 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
     words = Words(tokenizer, _count_tokens(model, tokenizer), prompts.tokens)
     begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     completions = CompletionMaker(words, max_model_len=context, special=eos | special_ids(tokenizer), begin=begin)
-    kinds = Kinds(prompts, completions, words.size)
     slots = spec.models.max_concurrent_requests
     backend = BatchBackend(model, eos, slots=slots, prefill_tokens=spec.models.prefill_step_tokens)
     return Loaded(
@@ -62,8 +62,8 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
             max_concurrent_requests=slots,
             has_chat_template=prompts.has_chat_template,
         ),
-        prepare=kinds,
-        pace=kinds.pace,
+        prepare=Kinds(prompts.prepare, completions.prepare, words.size),
+        pace=lambda submit: pace_of_inputs(submit) if submit.inputs else prompts.pace(submit),
         canary=Canary(backend, len(tokenizer)),
         memory=lambda: (mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory()),
         vocabulary=words,
