@@ -190,9 +190,17 @@ async def nemesis(run: Run, minutes: float, every_s: float, seed: int) -> None:
         progress(f"{len(run.done)} faults, {len(run.outcomes)} requests, last: {run.done[-1] if run.done else '-'}")
 
 
+def worker(run: Run, rng: random.Random) -> psutil.Process:
+    """Return some model's process; raise `psutil.NoSuchProcess` if it has none."""
+    pid = run.lmx.model(rng.choice(MODELS))["pid"]
+    if not pid:  # psutil would take None for ourselves
+        raise psutil.NoSuchProcess(0)
+    return psutil.Process(pid)
+
+
 def stop_and_continue(run: Run, rng: random.Random) -> None:
     with contextlib.suppress(psutil.Error, StopIteration):
-        process = psutil.Process(run.lmx.model(rng.choice(MODELS))["pid"])
+        process = worker(run, rng)
         process.suspend()
         time.sleep(rng.uniform(0.1, 2.0))
         process.resume()
@@ -201,7 +209,7 @@ def stop_and_continue(run: Run, rng: random.Random) -> None:
 
 def stop_for_good(run: Run, rng: random.Random) -> None:
     with contextlib.suppress(psutil.Error, StopIteration):
-        psutil.Process(run.lmx.model(rng.choice(MODELS))["pid"]).suspend()
+        worker(run, rng).suspend()
         run.done.append("STOP")
 
 
@@ -339,7 +347,14 @@ def report(
     for model in MODELS:
         target = 100.0 if arguments.what == "kills" else None
         share = 100 * verdict.share(model)
-        record(row, f"{model}: whole and identical answers", share, target=target, unit="%", least=True)
+        record(
+            row,
+            f"{model}: whole and identical answers, of requests that met at most one death",
+            share,
+            target=target,
+            unit="%",
+            least=True,
+        )
     record(row, "minutes", arguments.minutes, unit="")
     record(row, "broken promises", len(wrong), target=0, unit="")
     record(row, "faults", len(run.done), unit="")
