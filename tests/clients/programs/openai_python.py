@@ -102,7 +102,7 @@ def _():
 def _():
     import json
 
-    answer = ask(response_format={"type": "json_object"}, max_tokens=200, temperature=0.2, seed=3)
+    answer = ask(response_format={"type": "json_object"}, max_tokens=60, temperature=0.2, seed=3)
     if answer.choices[0].finish_reason == "stop":
         assert isinstance(json.loads(answer.choices[0].message.content), dict)
     else:
