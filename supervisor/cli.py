@@ -14,6 +14,7 @@ from protocol import __version__, control
 from protocol.messages import Message
 from protocol.paths import Home, default_home
 from protocol.states import CliExit
+from supervisor.cli_keys import keys
 from supervisor.client import Client, UnreachableError, WaitedTooLongError
 
 _COMMAND_S: Final = 960.0
@@ -58,6 +59,9 @@ def _reports(command: Callable[P, None]) -> Callable[P, None]:
 def cli(context: click.Context, home: Path | None) -> None:
     """A local LLM server that does not fall over: each model in a process of its own, supervised."""
     context.obj = Home(home.expanduser() if home else default_home())
+
+
+cli.add_command(keys)
 
 
 @cli.command()
@@ -278,8 +282,8 @@ def _show(document: dict[str, Any], *, as_json: bool) -> None:
 
 def _last_words(home: Home, *, as_json: bool) -> None:
     """Print what the last supervisor wrote down, with its age, if it wrote anything."""
+    from protocol.statefile import StateFile
     from supervisor.screen import duration
-    from supervisor.statefile import StateFile
 
     payload = StateFile(home.state / "runtime", kind="lmx.runtime", schema=1).peek()
     if not payload or not payload.get("snapshot"):

@@ -191,7 +191,7 @@ class Daemon:
                     told = str(error)
                     event("port_taken", level="CRITICAL", reason=told, hint="trying again every second")
                 await asyncio.sleep(_PORT_RETRY_S)
-        event("listening", url=url_of(self._listener))
+        event("listening", url=self._url())
         if self._before.handover and gateway.child is not None:
             self._host.replace_gateway()
         self._host.wake()
@@ -262,10 +262,14 @@ class Daemon:
             self._save()
         self._tell_first(gateway is not None and gateway.slot.state is ModelState.READY)
 
+    def _url(self) -> str:
+        assert self._listener is not None
+        return url_of(self._listener, tls=bool(self._config.security.tls_certificate))
+
     def _tell_first(self, serving: bool) -> None:
         ready = [m.model for m in self._host.models() if m.slot.state is ModelState.READY]
         if serving and ready and self._announce is not None and self._listener is not None:
-            self._announce(url_of(self._listener), ready[0])
+            self._announce(self._url(), ready[0])
             self._announce = None
 
     def _refresh_catalog(self) -> bool:
@@ -290,7 +294,7 @@ class Daemon:
     def _status(self) -> dict[str, Any]:
         document = views.status_document(
             self._host.slots.values(),
-            url=url_of(self._listener) if self._listener is not None else "",
+            url=self._url() if self._listener is not None else "",
             started_at=self._started_at,
             durable=self._store.durable,
             problem=self._store.problem,

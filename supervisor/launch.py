@@ -7,8 +7,11 @@ from typing import Final
 import msgspec
 
 from protocol.config import Config, ModelsConfig
+from protocol.config_load import BadConfigError
+from protocol.logs import event
 from protocol.paths import Home
 from protocol.spec import GatewaySpec, SpareSpec, WorkerSpec, write_spec
+from supervisor.adminkey import VARIABLE, admin_digest
 from supervisor.children import Child, spawn
 from supervisor.environment import worker_environment
 from supervisor.platform.base import Platform
@@ -41,6 +44,10 @@ class Launcher:
             log_level=config.log.level,
             gateway=config.gateway,
             lifecycle=config.lifecycle,
+            security=config.security,
+            limits=config.limits,
+            admin_digest=self._admin_digest(),
+            keys_file=str(home.keys),
         )
         write_spec(file, spec)
         output = home.logs / f"{name}.out"
@@ -108,7 +115,17 @@ class Launcher:
         return worker_environment(environ, self.preload, threads)
 
     def _environ(self) -> dict[str, str]:
-        return {**os.environ, "LMX_HOME": str(self._home.root)}
+        environ = {**os.environ, "LMX_HOME": str(self._home.root)}
+        environ.pop(VARIABLE, None)  # a digest is all that anybody else needs
+        return environ
+
+    def _admin_digest(self) -> str:
+        """Return what a gateway compares with; nothing, which opens no admin route, if there is no usable key."""
+        try:
+            return admin_digest(self._home.admin_key)
+        except (BadConfigError, OSError) as error:
+            event("admin_key_unusable", level="ERROR", reason=str(error))
+            return ""
 
 
 def less(models: ModelsConfig) -> ModelsConfig:
