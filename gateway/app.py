@@ -11,17 +11,20 @@ from starlette.types import ASGIApp
 from gateway.catalog import CatalogView
 from gateway.chat import ChatCompletions
 from gateway.context import context_of
+from gateway.door import front_door
 from gateway.health import Healthz, Readyz
 from gateway.middleware import ErrorBoundary, PathMiddleware, RequestIdMiddleware
 from gateway.models import Model, Models
 from gateway.pool import WorkerPool
 from gateway.traffic import Traffic
-from protocol.config import GatewayConfig
 from protocol.errors import LmxError
+from protocol.spec import GatewaySpec
 
 
-def build_app(config: GatewayConfig, catalog: CatalogView, pool: WorkerPool, traffic: Traffic) -> ASGIApp:
+def build_app(spec: GatewaySpec, catalog: CatalogView, pool: WorkerPool, traffic: Traffic) -> ASGIApp:
     """Return the ASGI application. Paths are written without `/v1`; `PathMiddleware` accepts both."""
+    config = spec.gateway
+    outer, door = front_door(spec)
     app = Starlette(
         routes=[
             Route("/chat/completions", ChatCompletions(config, catalog, pool, traffic), methods=["POST"]),
@@ -34,7 +37,9 @@ def build_app(config: GatewayConfig, catalog: CatalogView, pool: WorkerPool, tra
         middleware=[
             Middleware(RequestIdMiddleware, traffic=traffic),
             Middleware(PathMiddleware),
+            *outer,
             Middleware(ErrorBoundary),
+            door,
         ],
         exception_handlers={HTTPException: _routing_error},
     )

@@ -14,6 +14,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from gateway.context import CONNECTION_EXTENSION
 from gateway.errors import error_body
+from protocol.config import SecurityConfig
 from protocol.errors import LmxError
 
 #: httptools has no limit of its own; h11's is the same.
@@ -149,7 +150,7 @@ class HttpProtocol(HttpToolsProtocol):
 class Server(uvicorn.Server):
     """A server that says when it accepts and leaves signals alone: draining is `gateway.service`'s business."""
 
-    def __init__(self, app: ASGIApp, on_started: Callable[[], None]) -> None:
+    def __init__(self, app: ASGIApp, on_started: Callable[[], None], security: SecurityConfig) -> None:
         # Its warnings are about clients; the http_request event says what an operator needs of them.
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
         config = uvicorn.Config(
@@ -163,6 +164,8 @@ class Server(uvicorn.Server):
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=_CLOSE_TIMEOUT_S,
+            ssl_certfile=security.tls_certificate or None,
+            ssl_keyfile=security.tls_key or None,
         )
         super().__init__(config)
         self._on_started = on_started
