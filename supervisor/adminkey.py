@@ -49,7 +49,7 @@ def _read(file: Path) -> bytes:
     except OSError as error:
         msg = f"{file}: cannot be read: {error.strerror} (a link is refused)"
         raise BadConfigError(msg) from None
-    with os.fdopen(descriptor, "rb") as stream:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
             msg = f"{file} must be a file of your own: remove it, and a new key is made"
@@ -57,7 +57,9 @@ def _read(file: Path) -> bytes:
         if status.st_mode & 0o077:
             msg = f"{file} can be read by others: run chmod 600 on it, or remove it, and a new key is made"
             raise BadConfigError(msg)
-        return stream.read(_MAX_LENGTH + 2)
+        return os.read(descriptor, _MAX_LENGTH + 2)
+    finally:
+        os.close(descriptor)
 
 
 def _digest(key: bytes, place: str) -> str:
