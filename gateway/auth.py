@@ -127,12 +127,13 @@ class Authenticator:
         key = credential.key
         if not key or credential.ambiguous:
             return None
-        if self._admin and hmac.compare_digest(digest_of(key), self._admin):
+        digest = digest_of(key)
+        if self._admin and hmac.compare_digest(digest, self._admin):
             return Access(ADMIN, admin=True)
         if not self._required and not looks_like_a_key(key):
             return None
         try:
-            record = self._keyring.find(key)
+            record = self._keyring.find(digest)
         except KeyStoreError:
             text = "The keys of this server cannot be read, so none can be checked. Its operator finds why in its log."
             raise LmxError("access_check_failed", text) from None

@@ -124,7 +124,7 @@ class Door:
             if visit.running:
                 self._limiter.leave(visit.access.client)
             if visit.reservation is not None and context.tokens_used is not None:
-                await self._limiter.settle(visit.reservation, context.tokens_used)
+                self._limiter.settle(visit.reservation, context.tokens_used)
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

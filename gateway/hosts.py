@@ -9,6 +9,7 @@ import ipaddress
 import re
 import socket
 from collections.abc import Iterable
+from functools import lru_cache, partial
 from typing import Final
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -28,6 +29,7 @@ class HostGuard:
         self._any = "*" in allowed
         self._names = frozenset(own_names() if "own" in allowed else ()) | (frozenset(allowed) - {"*", "own"})
         self._health = health
+        self._is_allowed = lru_cache(maxsize=1024)(partial(is_allowed, names=self._names))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI scope."""
@@ -42,7 +44,7 @@ class HostGuard:
     def _fine(self, scope: Scope) -> bool:
         given = [value for name, value in scope["headers"] if name == b"host"]
         # Every browser sends one, so what sends none is none.
-        return not given or (len(given) == 1 and is_allowed(given[0], self._names))
+        return not given or (len(given) == 1 and self._is_allowed(given[0]))
 
 
 def is_allowed(host: bytes, names: frozenset[str]) -> bool:

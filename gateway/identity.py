@@ -2,6 +2,7 @@
 
 import ipaddress
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final
 
 from starlette.types import Scope
@@ -48,6 +49,7 @@ def peer_address(scope: Scope) -> Address | None:
     return None if not peer else parse_hop(peer[0].encode("ascii", "replace"))
 
 
+@lru_cache(maxsize=4096)
 def parse_hop(entry: bytes) -> Address | None:
     """Return the address in `1.2.3.4`, `1.2.3.4:80`, `2001:db8::1`, `[2001:db8::1]:80` or with a zone; else None."""
     if len(entry) > _MAX_ENTRY or not entry.isascii():
@@ -77,6 +79,7 @@ def within(address: Address, networks: Sequence[Network]) -> bool:
     return any(address.version == network.version and address in network for network in networks)
 
 
+@lru_cache(maxsize=4096)
 def client_name(address: Address | None) -> str:
     """Return whom limits count: the address, for IPv6 the network that one customer has."""
     if address is None:

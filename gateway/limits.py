@@ -7,6 +7,7 @@ counting, in its memory storage, which is bounded here.
 import math
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from limits import RateLimitItemPerMinute
@@ -20,6 +21,10 @@ from protocol.profiles import Rules
 _WINDOW_S: Final = 60
 #: Windows that are kept, two for each client and limit; the oldest goes when there are more.
 MAX_WINDOWS: Final = 20_000
+_HEADERS: Final = {
+    what: tuple(f"x-ratelimit-{name}-{what}".encode() for name in ("limit", "remaining", "reset"))
+    for what in ("requests", "tokens")
+}
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -41,11 +46,24 @@ class Reservation:
     tokens: int
 
 
+class Window(NamedTuple):
+    """The last whole minute of the clock, what of it still counts (seconds), and the present one with its rest."""
+
+    before: int
+    before_s: float
+    now: int
+    left_s: float
+
+    def counted(self) -> int:
+        """Return how much counts as taken within the past minute."""
+        return math.floor(self.before * self.before_s / _WINDOW_S + self.now)
+
+
 class BoundedStorage(MemoryStorage):
-    """The memory storage of `limits` with a bound, and without its sweep.
+    """The memory storage of `limits` with a bound, without its sweep, and without a task switch or a wait.
 
     The sweep looks at every key on each hit: with 10,000 clients that is milliseconds of the event loop. Here a new
-    window pushes out the oldest one, which nearly always is over.
+    window pushes out the oldest ones that are over, and the oldest one in any case if there are too many.
     """
 
     STORAGE_SCHEME = None  # type: ignore[assignment]  # not to be had by URL
@@ -54,22 +72,40 @@ class BoundedStorage(MemoryStorage):
         super().__init__()
         self._size = size
 
-    async def incr(self, key: str, expiry: float, amount: int = 1) -> int:
-        """Count `amount` more in a window that lasts `expiry` seconds; return its count."""
-        await self.get(key)  # forgets it if its time is over
-        if key not in self.expirations:
-            while len(self.expirations) >= self._size:
-                await self.clear(next(iter(self.expirations)))
-            self.expirations[key] = time.time() + expiry
-        self.storage[key] += amount
-        return self.storage[key]
+    async def acquire_sliding_window_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:  # noqa: ARG002
+        """Count `amount` more if that is within `limit`; return whether it was."""
+        if self.window(key).counted() + amount > limit:
+            return False
+        self.add(self.present(key), amount)
+        return True
 
-    async def decr(self, key: str, amount: int = 1) -> int:
+    def window(self, key: str) -> Window:
+        """Return what counts for a client and limit at this moment."""
+        now = time.time()
+        last, present = self.sliding_window_keys(key, _WINDOW_S, now)
+        left_s = _WINDOW_S - now % _WINDOW_S
+        return Window(self.storage.get(last, 0), left_s, self.storage.get(present, 0), left_s)
+
+    def present(self, key: str) -> str:
+        """Return the name of the present window of a client and limit."""
+        return self.sliding_window_keys(key, _WINDOW_S, time.time())[1]
+
+    def add(self, window: str, amount: int) -> None:
+        """Count `amount` more in a window."""
+        if window not in self.storage:
+            now = time.time()
+            while self.expirations and (
+                len(self.expirations) >= self._size or self.expirations[next(iter(self.expirations))] <= now
+            ):
+                oldest = next(iter(self.expirations))
+                del self.expirations[oldest], self.storage[oldest]
+            self.expirations[window] = now + 2 * _WINDOW_S
+        self.storage[window] += amount
+
+    def take_back(self, window: str, amount: int) -> None:
         """Count `amount` less in a window, if it is still there."""
-        if key not in self.expirations:
-            return 0
-        self.storage[key] = max(0, self.storage[key] - amount)
-        return self.storage[key]
+        if window in self.storage:
+            self.storage[window] = max(0, self.storage[window] - amount)
 
 
 class Limiter:
@@ -105,26 +141,26 @@ class Limiter:
 
     async def reserve(self, client: str, limit: int, tokens: int, headers: Headers) -> Reservation:
         """Take `tokens` before the work begins; raise `rate_limit_exceeded`."""
-        item = RateLimitItemPerMinute(limit, namespace="tokens")
+        item = _item("tokens", limit)
         if tokens > limit:
             text = f"This request may take {tokens} tokens, and {limit} per minute are allowed: ask for fewer."
             raise LmxError("rate_limit_exceeded", text, retry_after_s=_WINDOW_S)
         granted = await self._strategy.hit(item, client, cost=tokens)
-        await self._describe(item, client, "tokens", headers)
+        window = self._storage.window(item.key_for(client))
+        describe("tokens", limit, window, headers)
         if not granted:
-            wait = await self._wait(item, client, tokens)
+            wait = wait_s(window, limit, tokens)
             text = f"More than {limit} tokens per minute: try again in {wait} s, or ask for fewer tokens."
             raise LmxError("rate_limit_exceeded", text, retry_after_s=wait)
-        return Reservation(item, client, self._window(item, client), tokens)
+        return Reservation(item, client, self._storage.present(item.key_for(client)), tokens)
 
-    async def settle(self, reservation: Reservation, used: int) -> None:
+    def settle(self, reservation: Reservation, used: int) -> None:
         """Count what it really was."""
         difference = used - reservation.tokens
         if difference < 0:
-            await self._storage.decr(reservation.window, -difference)
+            self._storage.take_back(reservation.window, -difference)
         elif difference > 0:
-            window = self._window(reservation.item, reservation.client)
-            await self._storage.incr(window, 2 * _WINDOW_S, difference)
+            self._storage.add(self._storage.present(reservation.item.key_for(reservation.client)), difference)
 
     def enter(self, client: str, limit: int) -> None:
         """Count one running request; raise `rate_limit_exceeded`. Each that succeeds needs its `leave`."""
@@ -142,37 +178,42 @@ class Limiter:
             self._running[client] -= 1
 
     async def _request(self, kind: str, client: str, limit: int, headers: Headers) -> None:
-        item = RateLimitItemPerMinute(limit, namespace=kind)
+        item = _item(kind, limit)
         granted = await self._strategy.hit(item, client)
-        await self._describe(item, client, "requests", headers)
+        window = self._storage.window(item.key_for(client))
+        describe("requests", limit, window, headers)
         if not granted:
-            wait = await self._wait(item, client, 1)
+            wait = wait_s(window, limit, 1)
             text = f"More than {limit} requests per minute: try again in {wait} s."
             raise LmxError("rate_limit_exceeded", text, retry_after_s=wait)
 
-    async def _describe(self, item: RateLimitItemPerMinute, client: str, what: str, headers: Headers) -> None:
-        """Add OpenAI's three headers."""
-        before, before_s, now, now_s = await self._storage.get_sliding_window(item.key_for(client), _WINDOW_S)
-        left = max(0, item.amount - math.floor(before * before_s / _WINDOW_S + now))
-        reset = now_s if now else before_s
-        for name, value in (("limit", str(item.amount)), ("remaining", str(left)), ("reset", duration(reset))):
-            headers.append((f"x-ratelimit-{name}-{what}".encode(), value.encode()))
 
-    async def _wait(self, item: RateLimitItemPerMinute, client: str, cost: int) -> int:
-        """Return the whole seconds after which `cost` would be granted if nobody asked meanwhile."""
-        before, before_s, now, now_s = await self._storage.get_sliding_window(item.key_for(client), _WINDOW_S)
-        room = item.amount - cost + 1  # the weighted count has to be below it
-        left_s = now_s - _WINDOW_S
-        if before and now < room:
-            wait = before_s - (room - now) * _WINDOW_S / before
-            if wait < left_s:
-                return max(1, math.floor(wait) + 1)
-        wait = left_s + max(0.0, _WINDOW_S - room * _WINDOW_S / now) if now else left_s
-        return max(1, math.floor(wait) + 1)
+def describe(what: str, limit: int, window: Window, headers: Headers) -> None:
+    """Add OpenAI's three headers."""
+    left = max(0, limit - window.counted())
+    reset = window.left_s + _WINDOW_S if window.now else window.left_s if window.before else 0.0
+    limit_name, left_name, reset_name = _HEADERS[what]
+    headers += (
+        (limit_name, b"%d" % limit),
+        (left_name, b"%d" % left),
+        (reset_name, duration(reset).encode()),
+    )
 
-    def _window(self, item: RateLimitItemPerMinute, client: str) -> str:
-        _, current = self._storage.sliding_window_keys(item.key_for(client), _WINDOW_S, time.time())
-        return current
+
+def wait_s(window: Window, limit: int, cost: int) -> int:
+    """Return the whole seconds after which `cost` would be granted if nobody asked meanwhile."""
+    room = limit - cost + 1  # what counts has to be below it
+    if window.before and window.now < room:
+        wait = window.before_s - (room - window.now) * _WINDOW_S / window.before
+        if wait < window.left_s:
+            return max(1, math.floor(wait) + 1)
+    rest = max(0.0, _WINDOW_S - room * _WINDOW_S / window.now) if window.now else 0.0
+    return max(1, math.floor(window.left_s + rest) + 1)
+
+
+@lru_cache(maxsize=1024)
+def _item(kind: str, limit: int) -> RateLimitItemPerMinute:
+    return RateLimitItemPerMinute(limit, namespace=kind)
 
 
 def duration(seconds: float) -> str:

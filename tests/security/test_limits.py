@@ -174,7 +174,7 @@ class TestTokens:
 
     async def test_more_than_was_reserved_is_owed(self, clock: Clock) -> None:
         each, headers = limiter(), []  # type: ignore[var-annotated]
-        await each.settle(await each.reserve("a", 1000, 100, headers), 950)
+        each.settle(await each.reserve("a", 1000, 100, headers), 950)
         with pytest.raises(LmxError):
             await each.reserve("a", 1000, 100, headers)
         assert (await each.reserve("b", 1000, 100, headers)).tokens == 100
@@ -184,7 +184,7 @@ class TestTokens:
         early = await each.reserve("a", 1000, 900, [])
         clock.now += 200
         await each.reserve("a", 1000, 900, [])
-        await each.settle(early, 0)
+        each.settle(early, 0)
         with pytest.raises(LmxError):
             await each.reserve("a", 1000, 200, [])
 
@@ -222,12 +222,25 @@ class TestBounds:
     async def test_the_table_of_windows_is_bounded_and_the_oldest_goes_first(self) -> None:
         storage = BoundedStorage(size=100)
         for number in range(1000):
-            await storage.incr(f"k{number}", 120, 1)
-        assert len(storage.storage) == len(storage.expirations) == 100
-        assert not storage.locks
-        assert (await storage.get("k899"), await storage.get("k900")) == (0, 1)
-        assert await storage.decr("k1", 5) == 0
+            storage.add(f"k{number}", 1)
+        assert list(storage.storage) == [f"k{number}" for number in range(900, 1000)]
+        storage.take_back("k1", 5)
+        storage.take_back("k999", 5)
+        assert (len(storage.storage), storage.storage["k999"]) == (100, 0)
+        for number in range(300):
+            assert await storage.acquire_sliding_window_entry(f"c{number}", 5, 60)
         assert len(storage.storage) == 100
+        assert len(storage.expirations) == 100
+        assert not storage.locks
+        assert not storage.events
+
+    async def test_idle_clients_are_forgotten(self, clock: Clock) -> None:
+        storage = BoundedStorage(size=100)
+        for number in range(50):
+            storage.add(f"k{number}", 1)
+        clock.now += 121
+        storage.add("new", 1)
+        assert list(storage.storage) == list(storage.expirations) == ["new"]
 
     async def test_no_task_is_started_and_nothing_else_grows(self) -> None:
         each = limiter()

@@ -236,7 +236,7 @@ class TestTimingAttackResistance:
                     words = ast.unparse(node)
                     assert "digest" not in words, words
                     assert "_admin" not in words, words
-        assert found == [["digest_of(key)", "self._admin"], ["stored", "digest"]]
+        assert found == [["digest", "self._admin"], ["stored", "digest"]]
 
     def test_both_sides_are_bytes_of_one_length_whatever_was_sent(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -566,7 +566,7 @@ class TestNothingOpensByFailing:
         if target == "hit":
             monkeypatch.setattr(limits.SlidingWindowCounterRateLimiter, "hit", broken)
         else:
-            monkeypatch.setattr(limits.BoundedStorage, "get_sliding_window", broken)
+            monkeypatch.setattr(limits.BoundedStorage, "acquire_sliding_window_entry", broken)
         with logged() as lines:
             answers = [await kit.ask(key=key), await kit.ask(), await kit.ask("/admin", key=ADMIN_KEY)]
         assert {(answer.status, answer.code) for answer in answers} == {(503, "access_check_failed")}
