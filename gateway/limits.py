@@ -49,6 +49,7 @@ class Reservation:
 class Window(NamedTuple):
     """The last whole minute of the clock, what of it still counts (seconds), and the present one with its rest."""
 
+    name: str
     before: int
     before_s: float
     now: int
@@ -71,12 +72,16 @@ class BoundedStorage(MemoryStorage):
     def __init__(self, size: int = MAX_WINDOWS) -> None:
         super().__init__()
         self._size = size
+        #: What the last hit found and left. Nothing waits between a hit and a look at this.
+        self.last = Window("", 0, 0.0, 0, 0.0)
 
     async def acquire_sliding_window_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:  # noqa: ARG002
         """Count `amount` more if that is within `limit`; return whether it was."""
-        if self.window(key).counted() + amount > limit:
+        self.last = window = self.window(key)
+        if window.counted() + amount > limit:
             return False
-        self.add(self.present(key), amount)
+        self.add(window.name, amount)
+        self.last = window._replace(now=window.now + amount)
         return True
 
     def window(self, key: str) -> Window:
@@ -84,11 +89,7 @@ class BoundedStorage(MemoryStorage):
         now = time.time()
         last, present = self.sliding_window_keys(key, _WINDOW_S, now)
         left_s = _WINDOW_S - now % _WINDOW_S
-        return Window(self.storage.get(last, 0), left_s, self.storage.get(present, 0), left_s)
-
-    def present(self, key: str) -> str:
-        """Return the name of the present window of a client and limit."""
-        return self.sliding_window_keys(key, _WINDOW_S, time.time())[1]
+        return Window(present, self.storage.get(last, 0), left_s, self.storage.get(present, 0), left_s)
 
     def add(self, window: str, amount: int) -> None:
         """Count `amount` more in a window."""
@@ -146,13 +147,13 @@ class Limiter:
             text = f"This request may take {tokens} tokens, and {limit} per minute are allowed: ask for fewer."
             raise LmxError("rate_limit_exceeded", text, retry_after_s=_WINDOW_S)
         granted = await self._strategy.hit(item, client, cost=tokens)
-        window = self._storage.window(item.key_for(client))
+        window = self._storage.last
         describe("tokens", limit, window, headers)
         if not granted:
             wait = wait_s(window, limit, tokens)
             text = f"More than {limit} tokens per minute: try again in {wait} s, or ask for fewer tokens."
             raise LmxError("rate_limit_exceeded", text, retry_after_s=wait)
-        return Reservation(item, client, self._storage.present(item.key_for(client)), tokens)
+        return Reservation(item, client, window.name, tokens)
 
     def settle(self, reservation: Reservation, used: int) -> None:
         """Count what it really was."""
@@ -160,7 +161,8 @@ class Limiter:
         if difference < 0:
             self._storage.take_back(reservation.window, -difference)
         elif difference > 0:
-            self._storage.add(self._storage.present(reservation.item.key_for(reservation.client)), difference)
+            now = self._storage.window(reservation.item.key_for(reservation.client))
+            self._storage.add(now.name, difference)
 
     def enter(self, client: str, limit: int) -> None:
         """Count one running request; raise `rate_limit_exceeded`. Each that succeeds needs its `leave`."""
@@ -180,7 +182,7 @@ class Limiter:
     async def _request(self, kind: str, client: str, limit: int, headers: Headers) -> None:
         item = _item(kind, limit)
         granted = await self._strategy.hit(item, client)
-        window = self._storage.window(item.key_for(client))
+        window = self._storage.last
         describe("requests", limit, window, headers)
         if not granted:
             wait = wait_s(window, limit, 1)
