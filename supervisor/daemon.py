@@ -192,7 +192,10 @@ class Daemon:
                     event("port_taken", level="CRITICAL", reason=told, hint="trying again every second")
                 await asyncio.sleep(_PORT_RETRY_S)
         event("listening", url=self._url())
-        if self._before.handover and gateway.child is not None:
+        current = gateway.child is None or self._host.launcher.is_current(GATEWAY, gateway.slot.incarnation)
+        if gateway.child is not None and (self._before.handover or not current):
+            if not current:
+                self._journal.write("gateway_outdated", pid=gateway.slot.pid)
             self._host.replace_gateway()
         self._host.wake()
 

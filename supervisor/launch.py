@@ -10,7 +10,7 @@ from protocol.config import Config, ModelsConfig
 from protocol.config_load import BadConfigError
 from protocol.logs import event
 from protocol.paths import Home
-from protocol.spec import GatewaySpec, SpareSpec, WorkerSpec, write_spec
+from protocol.spec import GatewaySpec, SpareSpec, WorkerSpec, read_spec, write_spec
 from supervisor.adminkey import VARIABLE, admin_digest
 from supervisor.children import Child, spawn
 from supervisor.environment import worker_environment
@@ -60,6 +60,15 @@ class Launcher:
             gone=gone,
             pass_fds=(listen_fd,),
         )
+
+    def is_current(self, name: str, incarnation: int) -> bool:
+        """Return whether a gateway that runs lets in whom the present configuration lets in."""
+        try:
+            spec = read_spec(self._home.spec(name, incarnation), GatewaySpec)
+        except (OSError, msgspec.MsgspecError):
+            return False
+        present = (self._config.security, self._config.limits, self._admin_digest())
+        return (spec.security, spec.limits, spec.admin_digest) == present
 
     def worker(self, name: str, incarnation: int, model: str, path: str, gone: Gone, *, degraded: bool) -> Child:
         """Start the worker of a model; raise `OSError` if the system refuses."""

@@ -1,6 +1,7 @@
 """The door of a whole running system: keys that come and go under load, files, secrets, TLS."""
 
 import asyncio
+import contextlib
 import shutil
 import socket
 import ssl
@@ -17,7 +18,7 @@ from protocol.config import LimitsConfig, SecurityConfig
 from protocol.keys import KeyFile, KeyRecord, digest_of, new_key
 from protocol.spec import GatewaySpec, read_spec
 from tests.e2e.gateway_harness import chat_body, stack
-from tests.harness import Lmx, chat, read_stream
+from tests.harness import Lmx, chat, deadline, read_stream
 
 INTERNET = {
     "LMX_SECURITY__PROFILE": "internet",
@@ -127,6 +128,23 @@ def test_the_admin_key_is_made_once_and_reaches_no_other_process(new_lmx: Callab
     assert lmx.stop() == 0
 
 
+def test_a_gateway_that_was_taken_over_does_not_keep_an_older_and_wider_door(new_lmx: Callable[..., Lmx]) -> None:
+    lmx = new_lmx(LMX_SECURITY__PROFILE="lan").start()
+    url, before = lmx.url, lmx.wait_status(lambda doc: True)["gateway"]["pid"]
+    assert httpx.get(f"{url}/v1/models").status_code == 200
+    lmx.kill_supervisor()
+    lmx.start(LMX_GATEWAY__PORT=url.rpartition(":")[2], LMX_SECURITY__INFERENCE_KEYS="required")
+    lmx.wait_event("gateway_outdated", pid=before)
+    lmx.wait_status(lambda doc: doc["gateway"]["state"] == "ready" and doc["gateway"]["pid"] != before)
+    for _ in deadline(20):
+        # Until the old one has been told to accept nothing more, either may take a connection.
+        if {httpx.get(f"{url}/v1/models").status_code for _ in range(10)} == {401}:
+            break
+    else:
+        raise AssertionError(lmx.tail())
+    assert lmx.stop() == 0
+
+
 def test_the_gateway_speaks_tls(new_lmx: Callable[..., Lmx], tmp_path: Path) -> None:
     openssl = shutil.which("openssl")
     if openssl is None:
@@ -176,3 +194,15 @@ async def test_a_stream_holds_its_place_to_its_end_and_no_longer(tmp_path: Path)
         asking = lmx.chat()
         await worker.answer("next")
         assert (await asking).status_code == 200
+
+
+@pytest.mark.parametrize(("number", "status"), [(200, b"200"), (300, b"400"), (60_000, b"400")])
+async def test_headers_are_counted(number: int, status: bytes) -> None:
+    async with stack() as lmx:
+        reader, writer = await asyncio.open_connection("127.0.0.1", lmx.gateway.port)
+        writer.write(b"GET /healthz HTTP/1.1\r\nconnection: close\r\n" + b"a:\r\n" * number + b"\r\n")
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            answer = await reader.read(12)
+        writer.close()
+        assert answer in {b"HTTP/1.1 " + status, b""} if number > 1000 else answer == b"HTTP/1.1 " + status
