@@ -167,7 +167,6 @@ def _plain(record: KeyRecord, now: float) -> dict[str, Any]:
 def _change(home: Home, change: Callable[[tuple[KeyRecord, ...]], tuple[KeyRecord, ...]]) -> None:
     from supervisor.platform import current_platform
 
-    os.umask(0o077)
     try:
         home.ensure()
     except UnsafeHomeError as error:

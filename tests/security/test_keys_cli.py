@@ -1,9 +1,12 @@
 """`lmx-supervisor keys`: what is made can be used, what is stored cannot, and two at once lose nothing."""
 
 import json
+import shutil
 import stat
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,8 +18,11 @@ from supervisor.cli import cli
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
+def home() -> Iterator[Path]:
+    """A short path, as sockets want it."""
+    folder = Path(tempfile.mkdtemp(prefix="lmx-", dir="/tmp"))
+    yield folder / "home"
+    shutil.rmtree(folder)
 
 
 def keys(home: Path, *arguments: str) -> Result:
@@ -113,9 +119,8 @@ def test_commands_at_the_same_time_lose_nothing(home: Path) -> None:
     assert names == {"first", *(f"bot-{number}" for number in range(6))}
 
 
-def test_a_home_that_cannot_be_used_exits_with_5(tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "home").mkdir(mode=0o700)
-    (tmp_path / "home" / "state").symlink_to(tmp_path / "elsewhere")
-    assert keys(tmp_path / "home", "create", "--name", "bot").exit_code == 5
-    assert list((tmp_path / "elsewhere").iterdir()) == []
+def test_a_home_that_cannot_be_used_exits_with_5(home: Path, tmp_path: Path) -> None:
+    home.mkdir(mode=0o700)
+    (home / "state").symlink_to(tmp_path)
+    assert keys(home, "create", "--name", "bot").exit_code == 5
+    assert list(tmp_path.iterdir()) == []
