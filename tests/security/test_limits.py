@@ -3,17 +3,20 @@
 import asyncio
 import contextlib
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway import limits
+from gateway import windows
 from gateway.auth import Access
 from gateway.context import context_of
 from gateway.inspection import estimate, wanted_of
-from gateway.limits import BoundedStorage, Budget, Limiter, duration
+from gateway.limits import Budget, Limiter, duration
+from gateway.windows import BoundedStorage
 from protocol.config import LimitsConfig, SecurityConfig
 from protocol.errors import LmxError
 from protocol.profiles import rules
@@ -248,7 +251,7 @@ class TestBounds:
         for number in range(3000):
             await each.inference(f"client-{number}", Budget(5, 0, 0), [])
         assert len(asyncio.all_tasks()) == before
-        assert each._storage.timer is None
+        assert each.windows.storage.timer is None
         assert each._running == {}
 
     async def test_many_clients_make_a_request_no_slower(self) -> None:
@@ -290,4 +293,19 @@ async def test_the_admin_key_and_keys_of_the_scope_admin_count_as_themselves(tmp
     for key in (ADMIN_KEY, boss):
         assert [(await kit.ask("/admin", key=key)).status for _ in range(3)] == [200, 200, 429]
     assert limiter().budget(Access("x")) == Budget(0, 0, 0)
-    assert limits.MAX_WINDOWS == 20_000
+    assert windows.MAX_WINDOWS == 20_000
+
+
+@pytest.mark.parametrize(("profile", "imported"), [("local", False), ("lan", True)])
+def test_a_gateway_that_limits_nobody_starts_without_the_package(profile: str, imported: bool) -> None:
+    program = f"""
+import sys
+import gateway.service
+from gateway.limits import Limiter
+from protocol.config import LimitsConfig, SecurityConfig
+from protocol.profiles import rules
+Limiter(rules(SecurityConfig(profile={profile!r}), LimitsConfig()))
+print("limits" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(imported)

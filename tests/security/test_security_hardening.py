@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from gateway import auth, keyring, limits
+from gateway import auth, keyring, windows
 from gateway.auth import Credential, credential_of
 from gateway.hosts import is_allowed, own_names
 from gateway.identity import client_address, client_name, parse_hop
@@ -564,9 +564,9 @@ class TestNothingOpensByFailing:
             raise RuntimeError("storage lost: " + key)
 
         if target == "hit":
-            monkeypatch.setattr(limits.SlidingWindowCounterRateLimiter, "hit", broken)
+            monkeypatch.setattr(windows.SlidingWindowCounterRateLimiter, "hit", broken)
         else:
-            monkeypatch.setattr(limits.BoundedStorage, "acquire_sliding_window_entry", broken)
+            monkeypatch.setattr(windows.BoundedStorage, "acquire_sliding_window_entry", broken)
         with logged() as lines:
             answers = [await kit.ask(key=key), await kit.ask(), await kit.ask("/admin", key=ADMIN_KEY)]
         assert {(answer.status, answer.code) for answer in answers} == {(503, "access_check_failed")}
