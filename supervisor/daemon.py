@@ -191,7 +191,7 @@ class Daemon:
                     told = str(error)
                     event("port_taken", level="CRITICAL", reason=told, hint="trying again every second")
                 await asyncio.sleep(_PORT_RETRY_S)
-        event("listening", url=self._url())
+        event("listening", url=self._url(), profile=self._config.security.profile)
         current = gateway.child is None or self._host.launcher.is_current(GATEWAY, gateway.slot.incarnation)
         if gateway.child is not None and (self._before.handover or not current):
             if not current:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway import windows
@@ -60,6 +60,7 @@ async def test_no_minute_has_more_than_the_limit_wherever_it_begins(clock: Clock
     assert await taken(each, 15) == 10
 
 
+@settings(deadline=None)
 @given(st.integers(1, 50), st.floats(0, 59.9), st.integers(1, 30), st.floats(0, 119))
 async def test_after_the_wait_that_was_told_a_request_is_granted(
     limit: int, begin: float, first: int, later: float
@@ -216,6 +217,7 @@ class TestTokens:
     def test_embeddings_have_no_answer(self) -> None:
         assert estimate(wanted_of(b"{}"), 400, "/embeddings", 1000) == 101
 
+    @settings(deadline=None)
     @given(st.binary(max_size=200), st.integers(1, 10_000))
     def test_every_body_has_an_estimate(self, body: bytes, limit: int) -> None:
         assert estimate(wanted_of(body), len(body), "/chat/completions", limit) >= 1

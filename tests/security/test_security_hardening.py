@@ -284,16 +284,19 @@ class TestFuzzedHeaders:
         closed = path == "/admin/x" or profile in {"internet", "trusted-gateway"}
         assert answer.status in ({401, 403, 421} if closed else {200, 401, 421})
 
+    @settings(deadline=None)
     @given(st.lists(st.tuples(st.sampled_from([b"authorization", b"x-api-key"]), st.binary(max_size=80)), max_size=4))
     def test_reading_a_credential_never_raises(self, headers: list[tuple[bytes, bytes]]) -> None:
         found = credential_of({"headers": headers})
         assert not (found.key and found.ambiguous)
 
+    @settings(deadline=None)
     @given(st.binary(max_size=100))
     def test_only_what_we_made_looks_like_a_key(self, text: bytes) -> None:
         assert looks_like_a_key(new_key().encode())
         assert not looks_like_a_key(text) or (text.startswith(b"lmx-") and len(text) == 47)
 
+    @settings(deadline=None)
     @given(st.binary(max_size=100), st.text(max_size=60))
     def test_reading_an_address_or_a_host_never_raises(self, raw: bytes, text: str) -> None:
         parse_hop(raw)
