@@ -13,6 +13,7 @@ from gateway.catalog import CatalogView
 from gateway.chat import ChatCompletions
 from gateway.completions import Completions
 from gateway.context import context_of
+from gateway.door import front_door
 from gateway.embeddings import Embeddings
 from gateway.health import Healthz, Readyz
 from gateway.middleware import ErrorBoundary, PathMiddleware, RequestIdMiddleware
@@ -22,12 +23,14 @@ from gateway.pool import WorkerPool
 from gateway.rerank import Rerank
 from gateway.tokenize import Detokenize, Tokenize
 from gateway.traffic import Traffic
-from protocol.config import GatewayConfig
 from protocol.errors import LmxError
+from protocol.spec import GatewaySpec
 
 
-def build_app(config: GatewayConfig, catalog: CatalogView, pool: WorkerPool, traffic: Traffic) -> ASGIApp:
+def build_app(spec: GatewaySpec, catalog: CatalogView, pool: WorkerPool, traffic: Traffic) -> ASGIApp:
     """Return the ASGI application. Paths are written without `/v1`; `PathMiddleware` accepts both."""
+    config = spec.gateway
+    outer, door = front_door(spec)
     calls = Calls(config, catalog, pool, traffic)
     app = Starlette(
         routes=[
@@ -47,7 +50,9 @@ def build_app(config: GatewayConfig, catalog: CatalogView, pool: WorkerPool, tra
         middleware=[
             Middleware(RequestIdMiddleware, traffic=traffic),
             Middleware(PathMiddleware),
+            *outer,
             Middleware(ErrorBoundary),
+            door,
         ],
         exception_handlers={HTTPException: _routing_error},
     )

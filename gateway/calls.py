@@ -163,6 +163,7 @@ class Calls:
                 deadline_s=timeout_s,
                 trace=context.request_id,
                 client=client,
+                priority=context.access.priority if context.access is not None else 0,
                 group=groups[wanted.group] if wanted.group else 0,
             )
             request = Request(
@@ -190,6 +191,7 @@ class Calls:
             timer.cancel()
             watcher.cancel()
             call.leave()
+            context.tokens_used = call.prompt_tokens + sum(len(request.tokens) for request in requests)
             _log(call, streams, time.monotonic())
 
     def _continues(self, scope: Scope) -> bool:

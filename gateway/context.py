@@ -5,6 +5,8 @@ from typing import Final, Protocol, cast
 
 from starlette.types import Scope
 
+from gateway.auth import Access
+
 #: Key of the ASGI extension through which `gateway.server` offers its connection.
 CONNECTION_EXTENSION: Final = "lmx.connection"
 _CONTEXT: Final = "lmx.context"
@@ -33,6 +35,10 @@ class RequestContext:
     connection: Connection | None
     #: Headers that a response carries whatever its status.
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    #: Who sent it, once `gateway.door` has let it in.
+    access: Access | None = None
+    #: Tokens of prompt and answer, once they are known: what a limit on tokens counts in the end.
+    tokens_used: int | None = None
 
     def close_after_response(self) -> None:
         """Do not keep the connection alive, if the server can tell it so."""

@@ -4,21 +4,23 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from gateway.catalog import CatalogView
+from gateway.context import context_of
 from gateway.errors import send_json
 from gateway.responses import ModelCard, ModelList
 from protocol.control import CatalogModel
 
 
 class Models:
-    """Lists every model, in whatever state."""
+    """Lists the models, in whatever state."""
 
     def __init__(self, catalog: CatalogView) -> None:
         self._catalog = catalog
 
-    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
-        """Answer."""
+    async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
+        """Answer with what the client may use."""
         await self._catalog.arrived()
-        cards = ModelList([card(model) for model in self._catalog.models()])
+        access = context_of(scope).access
+        cards = ModelList([card(each) for each in self._catalog.models() if access is None or access.may_use(each.id)])
         await send_json(send, 200, msgspec.json.encode(cards), [])
 
 

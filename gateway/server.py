@@ -14,10 +14,13 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from gateway.context import CONNECTION_EXTENSION
 from gateway.errors import error_body
+from protocol.config import SecurityConfig
 from protocol.errors import LmxError
 
 #: httptools has no limit of its own; h11's is the same.
 MAX_HEAD_BYTES: Final = 64 * 1024
+#: Far more than clients and proxies send; each costs time wherever headers are looked through.
+MAX_HEADERS: Final = 256
 #: A client that has not sent its headers by then is holding a descriptor for nothing.
 HEAD_TIMEOUT_S: Final = 10.0
 #: Idle connections are closed after this long; longer than the 5 s in which common clients reuse one.
@@ -34,6 +37,7 @@ class HttpProtocol(HttpToolsProtocol):
     """One connection. Offers itself to the application as the `lmx.connection` extension."""
 
     _head_bytes = 0
+    _header_count = 0
     #: Bytes read since the parser last finished anything: it keeps a header, trailer or chunk extension to itself
     #: until it is whole.
     _undigested_bytes = 0
@@ -61,6 +65,7 @@ class HttpProtocol(HttpToolsProtocol):
         """Begin a request's head."""
         super().on_message_begin()
         self._head_bytes = 0
+        self._header_count = 0
         self._start_head_timer()
         scope: Any = self.scope
         scope["extensions"] = {CONNECTION_EXTENSION: self}
@@ -72,6 +77,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take one header, or trailer."""
+        self._header_count += 1
         self._count_head(len(name) + len(value))
         super().on_header(name, value)
 
@@ -95,6 +101,8 @@ class HttpProtocol(HttpToolsProtocol):
         """Answer what is not HTTP, or too much of it, and close."""
         if self._head_bytes > MAX_HEAD_BYTES:
             msg = f"The request line and headers are longer than {MAX_HEAD_BYTES} bytes."
+        elif self._header_count > MAX_HEADERS:
+            msg = f"There are more than {MAX_HEADERS} headers."
         self._refuse(LmxError("invalid_value", msg))
 
     def close_after_response(self) -> None:
@@ -111,7 +119,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _count_head(self, size: int) -> None:
         self._head_bytes += size
-        if self._head_bytes > MAX_HEAD_BYTES:
+        if self._head_bytes > MAX_HEAD_BYTES or self._header_count > MAX_HEADERS:
             raise _HeadTooLargeError
 
     def _start_head_timer(self) -> None:
@@ -149,7 +157,7 @@ class HttpProtocol(HttpToolsProtocol):
 class Server(uvicorn.Server):
     """A server that says when it accepts and leaves signals alone: draining is `gateway.service`'s business."""
 
-    def __init__(self, app: ASGIApp, on_started: Callable[[], None]) -> None:
+    def __init__(self, app: ASGIApp, on_started: Callable[[], None], security: SecurityConfig) -> None:
         # Its warnings are about clients; the http_request event says what an operator needs of them.
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
         config = uvicorn.Config(
@@ -163,6 +171,8 @@ class Server(uvicorn.Server):
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=_CLOSE_TIMEOUT_S,
+            ssl_certfile=security.tls_certificate or None,
+            ssl_keyfile=security.tls_key or None,
         )
         super().__init__(config)
         self._on_started = on_started

@@ -36,8 +36,8 @@ class Service:
         self._accepting = asyncio.Event()
         self._exit: asyncio.Future[int] = self._loop.create_future()
         self._drains: set[asyncio.Task[None]] = set()
-        app = build_app(spec.gateway, self._catalog, self._pool, self._traffic)
-        self._server = Server(app, self._accepting.set)
+        app = build_app(spec, self._catalog, self._pool, self._traffic)
+        self._server = Server(app, self._accepting.set, spec.security)
         lifecycle = spec.lifecycle
         self._lease = Lease(lifecycle.lease_s, lifecycle.slept_s, self._loop.time())
         self._control = ControlClient(

@@ -12,6 +12,9 @@ Bytes = Annotated[int, msgspec.Meta(ge=1)]
 _Delay = Annotated[float, msgspec.Meta(ge=0, le=86400)]
 MaybeDelays = Annotated[tuple[_Delay, ...], msgspec.Meta(max_length=100)]
 Delays = Annotated[tuple[_Delay, ...], msgspec.Meta(min_length=1, max_length=100)]
+Names = Annotated[tuple[str, ...], msgspec.Meta(max_length=100)]
+#: 0 is no limit, -1 what the profile says.
+PerMinute = Annotated[int, msgspec.Meta(ge=-1, le=1_000_000)]
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -52,6 +55,34 @@ class GatewayConfig(_Section, frozen=True):
     quarantine_s: Seconds = 600.0
     #: Bytes of one answer that may wait for a slow client before it is dropped.
     max_unsent_bytes: Bytes = 1024 * 1024
+
+
+class SecurityConfig(_Section, frozen=True):
+    """Who may come in. What each profile demands is `protocol.profiles`."""
+
+    profile: Literal["local", "lan", "trusted-gateway", "internet"] = "local"
+    #: Whether `/v1` needs a key; auto is what the profile says.
+    inference_keys: Literal["auto", "required", "optional"] = "auto"
+    #: Names in `Host` that are answered. "own" stands for this machine's, "*" for any.
+    allowed_hosts: Names = ("own",)
+    #: Origins of web pages that may read answers. "auto" stands for what the profile says, "*" for any.
+    cors_origins: Names = ("auto",)
+    #: Networks (CIDR) of proxies whose `X-Forwarded-For` counts.
+    trusted_proxies: Names = ()
+    #: PEM files; with both the gateway speaks TLS.
+    tls_certificate: str = ""
+    tls_key: str = ""
+
+
+class LimitsConfig(_Section, frozen=True):
+    """How much one client may take. A key can have limits of its own."""
+
+    inference_per_minute: PerMinute = -1
+    admin_per_minute: PerMinute = -1
+    #: Prompt and answer together; 0 is no limit.
+    tokens_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000_000)] = 0
+    #: Requests of one client that run at the same time; 0 is no limit.
+    concurrent_requests: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 0
 
 
 class ModelsConfig(_Section, frozen=True):
@@ -149,6 +180,8 @@ class Config(_Section, frozen=True):
     """The whole of `lmx.toml`."""
 
     gateway: GatewayConfig = GatewayConfig()
+    security: SecurityConfig = SecurityConfig()
+    limits: LimitsConfig = LimitsConfig()
     models: ModelsConfig = ModelsConfig()
     worker: WorkerConfig = WorkerConfig()
     lifecycle: LifecycleConfig = LifecycleConfig()

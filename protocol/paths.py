@@ -53,6 +53,8 @@ class Home:
         self.config = self.root / "lmx.toml"
         self.control_socket = self.run / "supervisor.sock"
         self.lock = self.run / "supervisor.lock"
+        self.admin_key = self.root / "admin.key"
+        self.keys = self.state / "keys"
 
     def endpoint(self, slot: str, incarnation: int) -> Path:
         """Return the data socket of one incarnation: a path of its own, because binding a live path steals it."""

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import msgspec
 
-from protocol.config import GatewayConfig, LifecycleConfig, ModelsConfig
+from protocol.config import GatewayConfig, LifecycleConfig, LimitsConfig, ModelsConfig, SecurityConfig
 
 SpecT = TypeVar("SpecT", bound=msgspec.Struct)
 
@@ -51,6 +51,12 @@ class GatewaySpec(msgspec.Struct, frozen=True):
     log_level: str
     gateway: GatewayConfig
     lifecycle: LifecycleConfig
+    security: SecurityConfig = SecurityConfig()
+    limits: LimitsConfig = LimitsConfig()
+    #: SHA-256 of the admin key in hexadecimal; without it nobody passes where that key is needed.
+    admin_digest: str = ""
+    #: Where the inference keys are; without it there are none.
+    keys_file: str = ""
 
 
 def write_spec(file: Path, spec: msgspec.Struct) -> None:

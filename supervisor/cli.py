@@ -15,6 +15,7 @@ from protocol import __version__, control
 from protocol.messages import Message
 from protocol.paths import Home, UnsafeHomeError, default_home, expanded
 from protocol.states import CliExit
+from supervisor.cli_keys import keys
 from supervisor.client import Client, UnreachableError, WaitedTooLongError
 
 _COMMAND_S: Final = 960.0
@@ -62,6 +63,9 @@ def cli(context: click.Context, home: Path | None) -> None:
         context.obj = Home(expanded(home) if home else default_home())
     except UnsafeHomeError as error:
         _fail(str(error), CliExit.BAD_CONFIG)
+
+
+cli.add_command(keys)
 
 
 @cli.command()
@@ -285,8 +289,8 @@ class _LastWords(msgspec.Struct):
 
 def _last_words(home: Home, *, as_json: bool) -> None:
     """Print what the last supervisor wrote down, with its age, if it wrote anything."""
+    from protocol.statefile import StateFile
     from supervisor.screen import duration
-    from supervisor.statefile import StateFile
 
     payload = StateFile(home.state / "runtime", kind="lmx.runtime", schema=1, shape=_LastWords).peek()
     if payload is None or not payload.snapshot:

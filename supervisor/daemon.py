@@ -199,8 +199,11 @@ class Daemon:
                     told = str(error)
                     event("port_taken", level="CRITICAL", reason=told, hint="trying again every second")
                 await asyncio.sleep(_PORT_RETRY_S)
-        event("listening", url=url_of(self._listener))
-        if (self._before.handover or gateway.foreign) and gateway.child is not None:
+        event("listening", url=self._url(), profile=self._config.security.profile)
+        current = gateway.child is None or self._host.launcher.is_current(GATEWAY, gateway.slot.incarnation)
+        if gateway.child is not None and (self._before.handover or gateway.foreign or not current):
+            if not current:
+                self._journal.write("gateway_outdated", pid=gateway.slot.pid)
             self._host.replace_gateway()
         self._host.wake()
 
@@ -296,10 +299,14 @@ class Daemon:
             self._save()
         self._tell_first(gateway is not None and gateway.slot.state is ModelState.READY)
 
+    def _url(self) -> str:
+        assert self._listener is not None
+        return url_of(self._listener, tls=bool(self._config.security.tls_certificate))
+
     def _tell_first(self, serving: bool) -> None:
         ready = [m.model for m in self._host.models() if m.slot.state is ModelState.READY]
         if serving and ready and self._announce is not None and self._listener is not None:
-            self._announce(url_of(self._listener), ready[0])
+            self._announce(self._url(), ready[0])
             self._announce = None
 
     def _refresh_catalog(self) -> bool:
@@ -324,7 +331,7 @@ class Daemon:
     def _status(self) -> dict[str, Any]:
         document = views.status_document(
             self._host.slots.values(),
-            url=url_of(self._listener) if self._listener is not None else "",
+            url=self._url() if self._listener is not None else "",
             started_at=self._started_at,
             problem=self._store.problem,
             safe_mode=self._intent.safe_mode,

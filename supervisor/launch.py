@@ -7,8 +7,11 @@ from typing import Final
 import msgspec
 
 from protocol.config import Config, ModelsConfig
+from protocol.config_load import BadConfigError
+from protocol.logs import event
 from protocol.paths import Home
-from protocol.spec import GatewaySpec, SpareSpec, WorkerSpec, write_spec
+from protocol.spec import GatewaySpec, SpareSpec, WorkerSpec, read_spec, write_spec
+from supervisor.adminkey import VARIABLE, admin_digest
 from supervisor.children import Child, spawn
 from supervisor.environment import worker_environment
 from supervisor.platform.base import Platform
@@ -41,6 +44,10 @@ class Launcher:
             log_level=config.log.level,
             gateway=config.gateway,
             lifecycle=config.lifecycle,
+            security=config.security,
+            limits=config.limits,
+            admin_digest=self._admin_digest(),
+            keys_file=str(home.keys),
         )
         write_spec(file, spec)
         output = home.logs / f"{name}.out"
@@ -53,6 +60,15 @@ class Launcher:
             gone=gone,
             pass_fds=(listen_fd,),
         )
+
+    def is_current(self, name: str, incarnation: int) -> bool:
+        """Return whether a gateway that runs lets in whom the present configuration lets in."""
+        try:
+            spec = read_spec(self._home.spec(name, incarnation), GatewaySpec)
+        except (OSError, msgspec.MsgspecError):
+            return False
+        present = (self._config.security, self._config.limits, self._admin_digest())
+        return (spec.security, spec.limits, spec.admin_digest) == present
 
     def worker(self, name: str, incarnation: int, model: str, path: str, gone: Gone, *, degraded: bool) -> Child:
         """Start the worker of a model; raise `OSError` if the system refuses."""
@@ -108,7 +124,17 @@ class Launcher:
         return worker_environment(environ, self.preload, threads)
 
     def _environ(self) -> dict[str, str]:
-        return {**os.environ, "LMX_HOME": str(self._home.root)}
+        environ = {**os.environ, "LMX_HOME": str(self._home.root)}
+        environ.pop(VARIABLE, None)  # a digest is all that anybody else needs
+        return environ
+
+    def _admin_digest(self) -> str:
+        """Return what a gateway compares with; nothing, which opens no admin route, if there is no usable key."""
+        try:
+            return admin_digest(self._home.admin_key)
+        except (BadConfigError, OSError) as error:
+            event("admin_key_unusable", level="ERROR", reason=str(error))
+            return ""
 
 
 def less(models: ModelsConfig) -> ModelsConfig:

@@ -14,6 +14,7 @@ from protocol.logs import event, exception_event, setup_logging
 from protocol.paths import Home, UnsafeHomeError
 from protocol.states import CliExit
 from supervisor.daemon import Daemon
+from supervisor.door import check_door
 from supervisor.lock import AlreadyRunningError, HomeLock
 
 
@@ -23,6 +24,7 @@ def run_supervisor(home: Home, config_file: Path | None) -> CliExit:
     try:
         config = load_config(config_file or home.config, required=config_file is not None)
         home.ensure()
+        check_door(home, config)
     except (BadConfigError, UnsafeHomeError) as error:
         click.echo(f"error: {error}", err=True)
         return CliExit.BAD_CONFIG

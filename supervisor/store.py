@@ -6,9 +6,9 @@ import msgspec
 
 from protocol.logs import Field, event
 from protocol.paths import Home
+from protocol.statefile import StateFile
 from supervisor.platform.base import Platform
 from supervisor.safety import Strike
-from supervisor.statefile import StateFile
 
 _SCHEMA: Final = 1
 _MAX_STARTS: Final = 16

@@ -92,14 +92,14 @@ MUTATIONS = (
     ),
     Mutation(
         "a damaged state file has no predecessor",
-        "supervisor/statefile.py",
+        "protocol/statefile.py",
         "        for candidate in (self._file, self._previous):\n            try:\n                return Loaded(",
         "        for candidate in (self._file,):\n            try:\n                return Loaded(",
         "test_rows_supervisor.py::test_row_56_power_loss",
     ),
     Mutation(
         "a state file is not synced before it gets its name",
-        "supervisor/statefile.py",
+        "protocol/statefile.py",
         "            self._sync(descriptor)\n",
         "",
         "test_rows_supervisor.py::test_row_56_power_loss",
@@ -169,7 +169,7 @@ MUTATIONS = (
     ),
     Mutation(
         "state of a newer version is overwritten",
-        "supervisor/statefile.py",
+        "protocol/statefile.py",
         "                self._read_only = True\n",
         "                pass\n",
         "test_rows_disk.py::test_row_65_state_of_a_newer_version",

@@ -94,7 +94,7 @@ def address(stage: Stage) -> tuple[str, int]:
 
 def posted(body: dict[str, Any]) -> bytes:
     data = json.dumps(body).encode()
-    return b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(data) + data
+    return b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(data) + data
 
 
 def logged(stage: Stage, name: str) -> int:
@@ -257,9 +257,11 @@ def test_row_74_slow_heads_and_bodies(stage: Stage, figure: Figure) -> None:
         half: list[tuple[socket.socket, bytes]] = []
         began = time.monotonic()
         for number in range(500):
-            begun = (b"", b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n", b"GET /he")[number % 3]
+            begun = (b"", b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n", b"GET /he")[number % 3]
             if number % 10 == 0:
-                begun = b'POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 900\r\n\r\n{"model": "'
+                begun = (
+                    b'POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 900\r\n\r\n{"model": "'
+                )
             sock = crowd.enter_context(socket.create_connection(address(stage), timeout=PATIENCE_S))
             sock.sendall(begun)
             half.append((sock, begun))
@@ -289,7 +291,8 @@ def test_row_75_body_too_large(stage: Stage) -> None:
     """Memory while a client sends on and on: tests/e2e/test_gateway_bad_input.py."""
     with undisturbed(stage.lmx), socket.create_connection(address(stage), timeout=PATIENCE_S) as sock:
         sock.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 107374182400\r\n\r\n" + b"x" * 999
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 107374182400\r\n\r\n"
+            + b"x" * 999
         )
         head = sock.recv(65536)
         assert head.startswith(b"HTTP/1.1 413 ")

@@ -166,7 +166,7 @@ def answers(url: str, within_s: float = 20.0) -> float:
     """Ask /healthz on a connection of its own; return how long the answer took. Being refused is a failure."""
     address, asked = httpx.URL(url), time.monotonic()
     with socket.create_connection((str(address.host), int(address.port or 0)), timeout=within_s) as raw:
-        raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         assert raw.recv(64).startswith(b"HTTP/1.1 200")
     return time.monotonic() - asked
 

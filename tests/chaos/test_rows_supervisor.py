@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from protocol.config import LifecycleConfig
+from protocol.statefile import StateFile
 from supervisor.safety import Strike, crash_loop_of_supervisor
-from supervisor.statefile import StateFile
 from tests.chaos.clients import OTHER
 from tests.chaos.figures import Figure
 from tests.chaos.scene import Stage

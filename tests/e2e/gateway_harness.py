@@ -184,7 +184,7 @@ class FakeWorker:
 class GatewayProcess:
     """`python -m gateway` on an ephemeral port."""
 
-    def __init__(self, home: Path, config: GatewayConfig, lifecycle: LifecycleConfig) -> None:
+    def __init__(self, home: Path, config: GatewayConfig, lifecycle: LifecycleConfig, **door: Any) -> None:
         self.home = home
         self.log = home / "gateway.log"
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
@@ -194,7 +194,7 @@ class GatewayProcess:
         fd = self.listener.fileno()
         write_spec(
             self.spec,
-            GatewaySpec(1, fd, str(home / "s.sock"), str(self.log), "DEBUG", config, lifecycle),
+            GatewaySpec(1, fd, str(home / "s.sock"), str(self.log), "DEBUG", config, lifecycle, **door),
         )
         self.stderr = (home / "stderr").open("ab")
         self.spawn()
@@ -230,11 +230,11 @@ class GatewayProcess:
 class Stack:
     """A gateway, its supervisor, its workers and a client of it."""
 
-    def __init__(self, home: Path, config: GatewayConfig, lifecycle: LifecycleConfig) -> None:
+    def __init__(self, home: Path, config: GatewayConfig, lifecycle: LifecycleConfig, **door: Any) -> None:
         self.home = home
         self.supervisor = FakeSupervisor(home / "s.sock", lifecycle.lease_s)
         self.lifecycle = lifecycle
-        self.gateway = GatewayProcess(home, config, lifecycle)
+        self.gateway = GatewayProcess(home, config, lifecycle, **door)
         self.client = httpx.AsyncClient(
             base_url=self.gateway.url,
             timeout=PATIENCE_S,
@@ -283,10 +283,12 @@ class Stack:
 
 
 @asynccontextmanager
-async def stack(config: GatewayConfig | None = None, lifecycle: LifecycleConfig | None = None) -> AsyncIterator[Stack]:
-    """Yield a stack whose gateway is ready."""
+async def stack(
+    config: GatewayConfig | None = None, lifecycle: LifecycleConfig | None = None, **door: Any
+) -> AsyncIterator[Stack]:
+    """Yield a stack whose gateway is ready. `door`: the fields of `GatewaySpec` that say who comes in."""
     home = Path(tempfile.mkdtemp(prefix="lmx-", dir="/tmp"))
-    made = Stack(home, config or GatewayConfig(), lifecycle or LifecycleConfig())
+    made = Stack(home, config or GatewayConfig(), lifecycle or LifecycleConfig(), **door)
     try:
         await made.supervisor.hear(GatewayReady)
         yield made

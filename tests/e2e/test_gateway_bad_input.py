@@ -11,7 +11,7 @@ from protocol.config import GatewayConfig
 from protocol.data import Submit
 from tests.e2e.gateway_harness import PATIENCE_S, Stack, chat_body, stack
 
-POST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"
+POST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
 GOOD = msgspec.json.encode(chat_body())
 
 BODIES: list[tuple[bytes, int, str, str | None]] = [
@@ -121,7 +121,7 @@ async def test_problem_details_for_who_asks() -> None:
 async def test_unsafe_request_ids_are_replaced(offered: bytes) -> None:
     async with stack() as lmx:
         _, headers, _ = await exchange(
-            lmx, b"GET /healthz HTTP/1.1\r\nhost: x\r\nx-request-id: " + offered + b"\r\n\r\n"
+            lmx, b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nx-request-id: " + offered + b"\r\n\r\n"
         )
         assert headers[b"x-request-id"].startswith(b"req_")
         assert len(headers[b"x-request-id"]) == 26
@@ -215,7 +215,7 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
         worker = await lmx.start_worker()
         reader, writer = await asyncio.open_connection("127.0.0.1", lmx.gateway.port)
         chat = POST + b"content-length: %d\r\n\r\n" % len(GOOD) + GOOD
-        writer.write(chat + b"GET /healthz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        writer.write(chat + b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
         await worker.answer("first")
         async with asyncio.timeout(PATIENCE_S):
             everything = await reader.read()
@@ -225,7 +225,7 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
 
 async def test_other_protocols_offered_by_upgrade_are_declined() -> None:
     async with stack() as lmx:
-        request = b"GET /healthz HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n"
+        request = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n"
         status, _, _ = await exchange(lmx, request)
         assert status == 200
 

@@ -154,7 +154,9 @@ async def test_a_broken_stream_closes_its_connection() -> None:
         worker = await lmx.start_worker()
         reader, writer = await asyncio.open_connection("127.0.0.1", lmx.gateway.port)
         body = msgspec.json.encode(chat_body(stream=True))
-        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        writer.write(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+        )
         await worker.accept()
         assert b"200 OK" in await reader.readuntil(b"\r\n")
         worker.die()

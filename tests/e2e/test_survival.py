@@ -272,7 +272,7 @@ async def test_a_dead_gateway_means_waiting_connections_and_no_reload(two_models
     psutil.Process(before["gateway"]["pid"]).kill()
     # Right away, while nobody accepts: the kernel takes the connection, the next gateway answers it.
     with socket.create_connection((str(address.host), int(address.port or 0)), timeout=10) as raw:
-        raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         raw.settimeout(20)
         assert raw.recv(64).startswith(b"HTTP/1.1 200")
     assert time.monotonic() - killed_at < 10

@@ -18,9 +18,9 @@ from protocol import control
 from protocol.framing import FrameBuffer, frame
 from protocol.messages import Message, encode
 from protocol.paths import Home
+from protocol.statefile import StateFile
 from protocol.states import ModelState
 from supervisor.client import Client, UnreachableError, WaitedTooLongError
-from supervisor.statefile import StateFile
 
 DOCUMENT = {
     "schema": "lmx.status/1",

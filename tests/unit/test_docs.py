@@ -238,6 +238,24 @@ def test_every_option_and_argument_of_a_command_is_documented(name: str) -> None
     assert [word for word in arguments if word not in heading] == []
 
 
+def subcommands() -> list[tuple[str, str]]:
+    return [(n, sub) for n, group in cli.commands.items() if isinstance(group, click.Group) for sub in group.commands]
+
+
+@pytest.mark.parametrize(("name", "sub"), subcommands())
+def test_every_option_and_argument_of_a_subcommand_is_documented(name: str, sub: str) -> None:
+    group = cli.commands[name]
+    assert isinstance(group, click.Group)
+    command = group.commands[sub]
+    heading = next(line for line in page("docs/cli.md").splitlines() if re.match(rf"### `{name} {sub}[ `]", line))
+    text = section(page("docs/cli.md").replace("\n## ", "\n### "), heading)
+    options = {o for p in command.params if isinstance(p, click.Option) for o in p.opts}
+    assert set(re.findall(r"(?<![\w-])--[a-z-]+", heading)) == options
+    assert {f"`{option}`" for option in options if f"`{option}`" not in text} == set()
+    arguments = [p.make_metavar(click.Context(command)) for p in command.params if isinstance(p, click.Argument)]
+    assert [word for word in arguments if word not in heading] == []
+
+
 def test_options_of_the_program_are_documented() -> None:
     text = page("docs/cli.md")
     assert [o for p in cli.params for o in p.opts if f"`{o}`" not in text] == []

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supervisor.statefile import Loaded, StateFile
+from protocol.statefile import Loaded, StateFile
 
 OLD = {"models": ["old"], "n": 1}
 NEW = {"models": ["new", "newer"], "n": 2}
@@ -214,7 +214,7 @@ def test_a_disk_that_takes_only_a_part_keeps_the_old(saved: StateFile, tmp_path:
     program = """
 import resource, sys
 from pathlib import Path
-from supervisor.statefile import StateFile
+from protocol.statefile import StateFile
 resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 file = StateFile(Path(sys.argv[1]) / "desired", kind="lmx.test", schema=1)
 file.load()

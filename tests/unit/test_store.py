@@ -14,9 +14,9 @@ import msgspec
 import pytest
 
 from protocol.paths import Home
+from protocol.statefile import StateFile
 from supervisor.journal import Journal
 from supervisor.platform import current_platform
-from supervisor.statefile import StateFile
 from supervisor.store import ChildRecord, Desired, DesiredModel, Runtime, Store, remember_start
 from tests.logkit import logged
 

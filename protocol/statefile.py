@@ -35,7 +35,7 @@ class Loaded(msgspec.Struct, frozen=True):
     problems: tuple[str, ...] = ()
 
 
-class _UnusableError(Exception):
+class UnusableError(Exception):
     """The file is damaged; the text says how."""
 
 
@@ -46,17 +46,27 @@ class _NewerSchemaError(Exception):
 class StateFile:
     """One durable document, owned by one process. `sync` makes a descriptor's data survive a power loss.
 
-    `shape` is the type of the payload: a whole file with another content is as unusable as a damaged one.
+    `shape` is the type of the payload: a whole file with another content is as unusable as a damaged one. Without
+    `keep_previous` there is never a moment without the file, and no older version to fall back to: for what must not
+    come back, such as a key that was revoked.
     """
 
     def __init__(
-        self, file: Path, *, kind: str, schema: int, sync: Callable[[int], None] = os.fsync, shape: Any = Any
+        self,
+        file: Path,
+        *,
+        kind: str,
+        schema: int,
+        sync: Callable[[int], None] = os.fsync,
+        shape: Any = Any,
+        keep_previous: bool = True,
     ) -> None:
         self._file = file
         self._kind = kind
         self._schema = schema
         self._sync = sync
         self._shape = shape
+        self._keep_previous = keep_previous
         self._sequence = 0
         self._read_only = False
 
@@ -75,7 +85,7 @@ class StateFile:
             except _NewerSchemaError as error:
                 self._read_only = True
                 return Loaded(None, (*problems, str(error)))
-            except (OSError, _UnusableError) as error:
+            except (OSError, UnusableError) as error:
                 problems.append(f"{candidate.name}: {error}")
                 _keep_aside(candidate)
         return Loaded(None, tuple(problems))
@@ -85,9 +95,23 @@ class StateFile:
         for candidate in (self._file, self._previous):
             try:
                 return self._read(candidate)
-            except (OSError, _UnusableError, _NewerSchemaError):
+            except (OSError, UnusableError, _NewerSchemaError):
                 continue
         return None
+
+    def read(self) -> Any:
+        """Return the payload of the live file and of no other; raise `UnusableError` with what is wrong with it.
+
+        Raises `FileNotFoundError` if there is none. Touches nothing.
+        """
+        try:
+            return self._read(self._file)
+        except _NewerSchemaError as error:
+            raise UnusableError(str(error)) from None
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise UnusableError(error.strerror or str(error)) from None
 
     def save(self, payload: object) -> None:
         """Replace the document durably; raise `OSError` if the disk does not take it (the old one then stays)."""
@@ -106,7 +130,7 @@ class StateFile:
             with contextlib.suppress(OSError):
                 temporary.unlink()  # half a file on a full disk helps nobody
             raise
-        if self._file.exists():
+        if self._keep_previous and self._file.exists():
             self._file.replace(self._previous)
         temporary.replace(self._file)
         self._sync_directory()
@@ -137,13 +161,13 @@ class StateFile:
             header = msgspec.json.decode(line, type=_Header)
         except _UNREADABLE:
             reason = "the header cannot be read"
-            raise _UnusableError(reason) from None
+            raise UnusableError(reason) from None
         if header.kind != self._kind:
             reason = f"it holds {header.kind!r:.40}, not {self._kind}"
-            raise _UnusableError(reason)
+            raise UnusableError(reason)
         if header.length != len(body) or header.sha256 != hashlib.sha256(body).hexdigest():
             reason = "the contents do not match the checksum"
-            raise _UnusableError(reason)
+            raise UnusableError(reason)
         if header.schema > self._schema:
             reason = f"{file} has schema {header.schema}; this version knows {self._schema} and leaves it as it is"
             raise _NewerSchemaError(reason)
@@ -151,10 +175,10 @@ class StateFile:
             payload = msgspec.convert(msgspec.json.decode(body), self._shape)
         except msgspec.ValidationError as error:
             reason = f"the contents have another shape: {error!s:.200}"
-            raise _UnusableError(reason) from None
+            raise UnusableError(reason) from None
         except _UNREADABLE:
             reason = "the contents are not JSON"
-            raise _UnusableError(reason) from None
+            raise UnusableError(reason) from None
         self._sequence = max(self._sequence, header.sequence)
         return payload
 

@@ -1,0 +1,44 @@
+"""Whether what is configured may be served at all: keys and profile, before anything listens."""
+
+import ssl
+import time
+
+from protocol.config import Config
+from protocol.config_load import BadConfigError
+from protocol.keys import KeyFile, KeyStoreError
+from protocol.paths import Home
+from protocol.profiles import is_loopback, problems
+from supervisor.adminkey import admin_digest
+
+
+def check_door(home: Home, config: Config) -> None:
+    """Make the admin key if there is none; raise `BadConfigError` if the profile is broken."""
+    try:
+        digest = admin_digest(home.admin_key)
+    except OSError:
+        # A full disk must not keep a local server from serving; its admin routes then stay closed.
+        digest = ""
+    try:
+        keys = KeyFile(home.keys).read()
+    except KeyStoreError as error:
+        if not is_loopback(config.gateway.host) or config.security.profile != "local":
+            raise BadConfigError(str(error)) from None
+        keys = ()
+    now = time.time()
+    usable = sum(not key.expired(now) for key in keys)
+    found = problems(config, admin_key=bool(digest), inference_keys=usable)
+    if config.security.tls_certificate and config.security.tls_key:
+        found += _tls_problems(config)
+    if found:
+        raise BadConfigError("\n       ".join(found))
+
+
+def _tls_problems(config: Config) -> list[str]:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        # The password keeps OpenSSL from asking a terminal for one.
+        context.load_cert_chain(config.security.tls_certificate, config.security.tls_key, password="")
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        return [f"security.tls_certificate and security.tls_key cannot be used: {reason}"]
+    return []
