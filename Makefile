@@ -4,7 +4,7 @@
 SHELL = /bin/sh
 ARGS =
 
-.PHONY: help setup run test check fmt rows chaos bench lock clean
+.PHONY: help setup run test check fmt rows chaos clients bench lock clean
 
 help: ## what there is (the default)
 	@sed -n 's/^\([a-z]*\):.*## */  make \1	/p' Makefile
@@ -29,6 +29,9 @@ rows: setup ## one test per row of the failure matrix
 
 chaos: setup ## the long runs with faults, about 40 minutes
 	@scripts/chaos
+
+clients: setup ## real clients (openai, langchain, litellm, …) against a real LMX; needs the package registries
+	@scripts/clients $(ARGS)
 
 bench: setup ## LMX against the same engine in-process
 	@.venv/bin/python bench/overhead.py $(ARGS)
