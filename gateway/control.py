@@ -17,6 +17,7 @@ from protocol.control import (
     GatewayHeartbeat,
     GatewayHello,
     GatewayReady,
+    Misbehaved,
     Ping,
     Stop,
     ToGateway,
@@ -124,10 +125,10 @@ class ControlClient:
         if self._channel is not None and not self._channel.closed:
             self._channel.send(encode(Drained()))
 
-    def casualties(self, casualties: Casualties) -> None:
-        """Report which requests a crashed worker had; nobody needs to know later if no supervisor is there."""
+    def report(self, report: Casualties | Misbehaved) -> None:
+        """Tell what became of a worker; nobody needs to know later if no supervisor is there."""
         if self._channel is not None and not self._channel.closed:
-            self._channel.send(encode(casualties))
+            self._channel.send(encode(report))
 
     async def _talk(self, channel: Channel) -> None:
         # The listening socket goes along: a supervisor that did not open it can hand it to the next gateway.

@@ -42,6 +42,7 @@ class Desk:
         route: Callable[[str], Route],
         on_idle: Callable[[WorkerPeer], None],
         on_casualties: Callable[[WorkerPeer, list[str]], None],
+        on_misbehaved: Callable[[WorkerPeer], None],
     ) -> None:
         self._model = model
         self._config = config
@@ -49,6 +50,7 @@ class Desk:
         self._route = route
         self._on_idle = on_idle
         self._on_casualties = on_casualties
+        self._on_misbehaved = on_misbehaved
         self._probation = Probation()
         self._line = Line()
         self._peers: dict[int, WorkerPeer] = {}
@@ -112,6 +114,10 @@ class Desk:
     def on_connected(self) -> None:
         """A worker can be used."""
         self._pump_soon()
+
+    def on_misbehaved(self, peer: WorkerPeer) -> None:
+        """A worker sends what makes no sense."""
+        self._on_misbehaved(peer)
 
     def on_idle(self, peer: WorkerPeer) -> None:
         """A worker has nothing to do."""

@@ -54,6 +54,9 @@ class PeerOwner(Protocol):
     def on_lost(self, peer: "WorkerPeer", requests: list[Request], *, crashed: bool) -> None:
         """The worker is gone and these were its requests. Not `crashed`: it was replaced."""
 
+    def on_misbehaved(self, peer: "WorkerPeer") -> None:
+        """What it sends makes no sense; it has been cut off."""
+
     def on_idle(self, peer: "WorkerPeer") -> None:
         """Its last request has ended, or it is dead."""
 
@@ -244,6 +247,7 @@ class WorkerPeer:
         self._protocol_errors += 1
         if self._protocol_errors >= _MAX_PROTOCOL_ERRORS:
             self._end(f"{_MAX_PROTOCOL_ERRORS} bad frames, the last one {why}", "protocol_error")
+            self._owner.on_misbehaved(self)
 
     def _drop(self, why: str) -> None:
         """Count a frame that is thrown away; log it, but not a flood of them."""

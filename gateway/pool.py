@@ -10,7 +10,7 @@ from gateway.link import DataPlane
 from gateway.peer import WorkerPeer
 from gateway.quarantine import Quarantine
 from protocol.config import GatewayConfig
-from protocol.control import Casualties, Catalog, CatalogModel
+from protocol.control import Casualties, Catalog, CatalogModel, Misbehaved
 from protocol.errors import LmxError
 from protocol.states import ModelState
 
@@ -23,13 +23,16 @@ _RELINK_S: Final = 0.5
 MAX_CASUALTIES: Final = 256
 
 
+Report = Casualties | Misbehaved
+
+
 class WorkerPool:
     """The workers that one gateway talks to, and the desks at which requests for them are taken.
 
-    `report` is told which requests a worker had when it crashed.
+    `report` is told which requests a worker had when it crashed, and which worker sends nonsense.
     """
 
-    def __init__(self, config: GatewayConfig, catalog: CatalogView, report: Callable[[Casualties], None]) -> None:
+    def __init__(self, config: GatewayConfig, catalog: CatalogView, report: Callable[[Report], None]) -> None:
         self._config = config
         self._report = report
         self._catalog = catalog
@@ -82,6 +85,7 @@ class WorkerPool:
                 route=self._route,
                 on_idle=self._close_if_idle,
                 on_casualties=self._report_casualties,
+                on_misbehaved=lambda peer: self._report(Misbehaved(peer.model, peer.incarnation)),
             )
         return desk
 

@@ -10,10 +10,10 @@ from typing import Any, Final
 from gateway.app import build_app
 from gateway.catalog import CatalogView
 from gateway.control import ControlClient, Lease
-from gateway.pool import WorkerPool
+from gateway.pool import Report, WorkerPool
 from gateway.server import Server
 from gateway.traffic import Traffic
-from protocol.control import Casualties, Catalog, GatewayHeartbeat
+from protocol.control import Catalog, GatewayHeartbeat
 from protocol.errors import LmxError
 from protocol.logs import event, exception_event
 from protocol.spec import GatewaySpec
@@ -56,6 +56,7 @@ class Service:
         """Serve until told or forced to stop; return the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._on_signal)
+        self._loop.add_signal_handler(signal.SIGUSR2, self._on_hand_over)
         serving = asyncio.create_task(self._server.serve(sockets=[self._listener]), name="serving")
         control = asyncio.create_task(self._control.run(), name="control")
         lease = asyncio.create_task(self._watch_lease(), name="lease")
@@ -89,10 +90,7 @@ class Service:
         In a hand-over new connections are the next gateway's; what comes on those that are open is still answered.
         """
         if hand_over:
-            event("gateway_handing_over", grace_s=grace_s, running=self._traffic.running)
-            self._server.stop_accepting()
-            self._traffic.closing = True
-            self._watch_drain(grace_s, None)
+            self._start_handing_over(grace_s, None)
         else:
             self._start_drain(grace_s, None)
 
@@ -101,8 +99,8 @@ class Service:
         event("gateway_told_to_stop", reason=reason)
         self._end(WorkerExit.ASKED)
 
-    def _report(self, casualties: Casualties) -> None:
-        self._control.casualties(casualties)
+    def _report(self, report: Report) -> None:
+        self._control.report(report)
 
     # -- ending -------------------------------------------------------------------------------------------------
 
@@ -112,6 +110,16 @@ class Service:
             self._end(WorkerExit.ASKED)
         else:
             self._start_drain(self._spec.lifecycle.drain_s, WorkerExit.ASKED)
+
+    def _on_hand_over(self) -> None:
+        """A supervisor of another protocol version, whose messages would make no sense, has started the next one."""
+        self._start_handing_over(self._spec.lifecycle.drain_s, WorkerExit.ASKED)
+
+    def _start_handing_over(self, grace_s: float, code: WorkerExit | None) -> None:
+        event("gateway_handing_over", grace_s=grace_s, running=self._traffic.running)
+        self._server.stop_accepting()
+        self._traffic.closing = True
+        self._watch_drain(grace_s, code)
 
     def _start_drain(self, grace_s: float, code: WorkerExit | None) -> None:
         event("gateway_draining", grace_s=grace_s, running=self._traffic.running)

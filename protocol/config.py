@@ -119,6 +119,8 @@ class LifecycleConfig(_Section, frozen=True):
     lease_s: Seconds = 120.0
     #: A new supervisor waits this long for processes of the last one to introduce themselves.
     adopt_s: Seconds = 3.0
+    #: Before a model's next start: so long is waited for the memory of its last process to come back.
+    reclaim_s: Seconds = 10.0
     drain_s: Seconds = 30.0
     stop_min_s: Seconds = 15.0
     stop_base_s: Seconds = 5.0

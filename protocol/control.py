@@ -189,6 +189,13 @@ class Casualties(Message, frozen=True, tag=26):
     requests: list[str]
 
 
+class Misbehaved(Message, frozen=True, tag=27):
+    """A worker sent what no worker may send, three times: the gateway does not listen to it any more."""
+
+    model: str
+    incarnation: int
+
+
 # -- command line to supervisor and back ------------------------------------------------------------------------
 
 
@@ -263,7 +270,7 @@ class Result(Message, frozen=True, tag=50):
 
 Hello = WorkerHello | GatewayHello | CliHello | SpareHello
 FromWorker = Loading | Ready | Heartbeat | Dying | Drained
-FromGateway = GatewayReady | GatewayHeartbeat | Casualties | Drained
+FromGateway = GatewayReady | GatewayHeartbeat | Casualties | Misbehaved | Drained
 FromCli = (
     StatusRequest
     | LoadRequest

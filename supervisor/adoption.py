@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from protocol.paths import Home
 from supervisor.children import end_stranger
@@ -32,10 +32,20 @@ def leftovers(home: Home) -> dict[str, int]:
     return found
 
 
-async def adopt(host: Host, changes: Changes, expected: Sequence[ChildRecord], *, unrecorded: bool) -> None:
+def unrecorded(before: Runtime, home: Home, platform: Platform) -> frozenset[int]:
+    """Return the incarnations of which only files tell: started just before the supervisor died, or the record is lost.
+
+    Their processes may live, and nothing else would keep a second one from being started beside them.
+    """
+    if before.last_clean_shutdown or (before.boot_id and before.boot_id != platform.boot_id()):
+        return frozenset()
+    return frozenset(leftovers(home).values()) - {child.incarnation for child in before.children}
+
+
+async def adopt(host: Host, changes: Changes, expected: Sequence[ChildRecord], unknown: Collection[int]) -> None:
     """Wait until everyone expected has introduced itself, then end those that have not.
 
-    `unrecorded`: the record was lost but files say that processes ran, so wait out the whole time for them.
+    `unknown` are incarnations that may or may not live; they are given the same time.
     """
 
     def missing() -> list[ChildRecord]:
@@ -44,9 +54,13 @@ async def adopt(host: Host, changes: Changes, expected: Sequence[ChildRecord], *
             adopted.add(host.spare.child.pid)
         return [child for child in expected if child.pid not in adopted]
 
+    def present() -> set[int]:
+        there = {managed.slot.incarnation for managed in host.slots.values()}
+        return there if host.spare is None else there | {host.spare.incarnation}
+
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(host.config.lifecycle.adopt_s):
-            await changes.wait_for(lambda: not missing() and not unrecorded)
+            await changes.wait_for(lambda: not missing() and set(unknown) <= present())
     wanted = [child for child in missing() if host.platform.process_started(child.pid) == child.started]
     for child in wanted:
         host.journal.write("orphan_ended", level="WARNING", model=child.model, slot=child.slot, pid=child.pid)

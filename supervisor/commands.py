@@ -14,8 +14,9 @@ from protocol.paths import slot_name
 from protocol.states import CliExit, ModelState
 from supervisor import events as ev
 from supervisor import lifecycle as life
-from supervisor.host import Host, Managed
+from supervisor.host import Host
 from supervisor.intent import Intent
+from supervisor.managed import Managed
 from supervisor.restarts import worker_policy
 from supervisor.server import Connection
 from supervisor.watching import Changes

@@ -22,11 +22,12 @@ from protocol.states import ModelState, Phase
 from supervisor import adoption, views
 from supervisor import events as ev
 from supervisor.commands import Commands, add_model
-from supervisor.host import GATEWAY, Host, Managed
+from supervisor.host import GATEWAY, Host
 from supervisor.intent import Intent
 from supervisor.journal import Journal
 from supervisor.launch import SPARE
 from supervisor.listener import PortTakenError, listen, serves, url_of
+from supervisor.managed import Managed
 from supervisor.peers import Peers
 from supervisor.platform import current_platform
 from supervisor.platform.reports import panics_since
@@ -38,6 +39,9 @@ from supervisor.watching import Changes
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PORT_RETRY_S: Final = 1.0
 _SAMPLE_S: Final = 1.0
+#: State that the disk did not take, and news that could not be told, are tried again after this long.
+_SAVE_RETRY_S: Final = 3.0
+_TELL_RETRY_S: Final = 0.5
 #: For the answer to the command that ends this image.
 _LAST_WORDS_S: Final = 0.1
 
@@ -75,6 +79,8 @@ class Daemon:
         self._hurry = asyncio.Event()
         self._stop_reason = ""
         self._load_mark = ""
+        #: What was live when the order to stop came.
+        self._loaded_at_stop: tuple[str, ...] = ()
         self._host.before_load = self._mark_load
         #: Set when this image of the program should be replaced by the next one, children and all left running.
         self.handing_over = False
@@ -90,7 +96,7 @@ class Daemon:
             loop.add_signal_handler(number, self._stop, number.name)
         expected = self._remember()
         self._server.open()
-        tasks = [loop.create_task(self._beat()), loop.create_task(self._sample())]
+        tasks = [loop.create_task(task) for task in (self._beat(), self._sample(), self._save_again())]
         try:
             await self._restore(expected)
             tasks.append(loop.create_task(self._listen()))
@@ -148,8 +154,8 @@ class Daemon:
                 self._bring_back(model)
         if skipped:
             event("safe_mode_skip_auto_load", level="WARNING", models_skipped=len(skipped))
-        unrecorded = not expected and not self._before.last_clean_shutdown and bool(adoption.leftovers(self._home))
-        await adoption.adopt(host, self._changes, expected, unrecorded=unrecorded)
+        unrecorded = adoption.unrecorded(self._before, self._home, self._platform)
+        await adoption.adopt(host, self._changes, expected, unrecorded)
         adoption.sweep(host)
         self._recorded = ()
         host.release()
@@ -192,12 +198,19 @@ class Daemon:
                     event("port_taken", level="CRITICAL", reason=told, hint="trying again every second")
                 await asyncio.sleep(_PORT_RETRY_S)
         event("listening", url=url_of(self._listener))
-        if self._before.handover and gateway.child is not None:
+        if (self._before.handover or gateway.foreign) and gateway.child is not None:
             self._host.replace_gateway()
         self._host.wake()
 
     async def _roll(self) -> None:
-        """Replace workers of another protocol version, one after the other."""
+        """Replace workers of another protocol version, one after the other.
+
+        A gateway of that version finishes its requests on them first: it will not hear of their successors.
+        """
+        slots = self._host.slots
+        await self._changes.wait_for(
+            lambda: not any(m.foreign and m.child is not None for m in slots.values() if not m.model)
+        )
         for managed in [m for m in self._host.models() if m.foreign]:
             self._journal.write("worker_rolled", model=managed.model, pid=managed.slot.pid)
             self._host.feed(managed, ev.Restart(force=True))
@@ -220,23 +233,34 @@ class Daemon:
         while True:
             await asyncio.sleep(self._config.lifecycle.heartbeat_s)
             for managed in list(self._host.slots.values()):
-                managed.tell(control.Ping())
-                if managed.foreign and managed.child is not None:
-                    self._host.feed(managed, ev.Beat(Phase.IDLE, 0))  # it cannot tell us itself, and waits its turn
+                with self._host.guard("beat"):
+                    managed.tell(control.Ping())
+                    if managed.foreign and managed.child is not None:
+                        self._host.feed(managed, ev.Beat(Phase.IDLE, 0))  # it cannot tell us itself
             if self._host.spare is not None:
                 self._host.spare.ping()
+
+    async def _save_again(self) -> None:
+        while True:
+            await asyncio.sleep(_SAVE_RETRY_S)
+            with self._host.guard("save"):
+                self._store.try_again()
 
     async def _sample(self) -> None:
         while True:
             for managed in list(self._host.slots.values()):
-                pid = managed.slot.pid
-                sampled = await asyncio.to_thread(self._platform.footprint, pid) if pid else None
-                managed.memory_bytes = sampled if pid == managed.slot.pid else None
-                if managed.box is not None and managed.slot.pid:
-                    managed.box.weigh(time.monotonic(), managed.memory_bytes)
-                if managed.memory_bytes is not None:
-                    self._host.feed(managed, ev.Weighed(managed.memory_bytes))
+                with self._host.guard("sample"):
+                    await self._weigh(managed)
             await asyncio.sleep(_SAMPLE_S)
+
+    async def _weigh(self, managed: Managed) -> None:
+        pid = managed.slot.pid
+        sampled = await asyncio.to_thread(self._platform.footprint, pid) if pid else None
+        managed.memory_bytes = sampled if pid == managed.slot.pid else None
+        if managed.box is not None and managed.slot.pid:
+            managed.box.weigh(time.monotonic(), managed.memory_bytes)
+        if managed.memory_bytes is not None:
+            self._host.feed(managed, ev.Weighed(managed.memory_bytes))
 
     def _changed(self) -> None:
         """Something visible changed: tell everyone once the present events are done."""
@@ -247,6 +271,14 @@ class Daemon:
     def _publish(self) -> None:
         self._publishing = False
         self._changes.ring()
+        told = False
+        with self._host.guard("publish"):
+            self._tell_all()
+            told = True
+        if not told:
+            asyncio.get_running_loop().call_later(_TELL_RETRY_S, self._changed)
+
+    def _tell_all(self) -> None:
         gateway = self._host.slots.get(GATEWAY)
         if self._refresh_catalog():
             for managed in self._host.slots.values():
@@ -292,11 +324,11 @@ class Daemon:
             self._host.slots.values(),
             url=url_of(self._listener) if self._listener is not None else "",
             started_at=self._started_at,
-            durable=self._store.durable,
             problem=self._store.problem,
             safe_mode=self._intent.safe_mode,
             handed_over=self._before.handover,
             breaker_open_s=max(0.0, self._host.breaker.open_until - time.monotonic()),
+            internal_errors=self._host.guard.count + self._server.failures,
             now=time.monotonic(),
         )
         spare = self._host.spare
@@ -337,6 +369,9 @@ class Daemon:
             children.append(ChildRecord(SPARE, "", spare.incarnation, spare.child.pid, spare.child.started))
         return tuple(children)
 
+    def _loaded(self) -> tuple[str, ...]:
+        return self._loaded_at_stop or tuple(m.model for m in self._host.models() if m.slot.wanted)
+
     def _save(self, *, clean: bool = False) -> None:
         if not self._host.holding or clean:
             self._recorded = self._children()
@@ -348,7 +383,7 @@ class Daemon:
                 starts=self._intent.starts,
                 incarnation=self._host.incarnation,
                 children=self._recorded,
-                loaded_models=tuple(m.model for m in self._host.models() if m.slot.wanted),
+                loaded_models=self._loaded(),
                 last_clean_shutdown=clean,
                 shutdown_reason=self._stop_reason if clean else "",
                 load_mark=self._load_mark,
@@ -371,7 +406,7 @@ class Daemon:
     async def _shut_down(self) -> None:
         """Let running requests end, then end the gateway, then the workers. Deadlines are the lifecycle's."""
         host = self._host
-        loaded = tuple(m.model for m in host.models() if m.slot.wanted)
+        self._loaded_at_stop = self._loaded()
         host.holding = True
         gateway = host.slots[GATEWAY]
         for managed in list(host.slots.values()):
@@ -391,7 +426,7 @@ class Daemon:
         self._save(clean=True)
         with contextlib.suppress(OSError):
             Path(self._home.control_socket).unlink()
-        self._journal.write("supervisor_stopped", reason=self._stop_reason, models=len(loaded))
+        self._journal.write("supervisor_stopped", reason=self._stop_reason, models=len(self._loaded_at_stop))
 
 
 def _is_replaced(managed: Managed) -> bool:

@@ -74,6 +74,12 @@ class Beat(msgspec.Struct, frozen=True):
     step: int
 
 
+class Condemned(msgspec.Struct, frozen=True):
+    """Somebody else saw that the process must not go on."""
+
+    reason: str
+
+
 class Weighed(msgspec.Struct, frozen=True):
     """The memory of the process was measured, in bytes."""
 
@@ -116,6 +122,7 @@ Event = (
     | Moved
     | BecameReady
     | Beat
+    | Condemned
     | Weighed
     | HasDrained
     | Exited

@@ -7,26 +7,27 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from protocol import control
-from protocol.channel import Channel, ChannelClosedError
 from protocol.config import Config
-from protocol.messages import MalformedMessageError, Message, encode
+from protocol.messages import MalformedMessageError
 from protocol.paths import Home
 from protocol.states import ModelState, Phase
 from supervisor import events as ev
 from supervisor import lifecycle as life
+from supervisor import reclaim
 from supervisor.breaker import Breaker, after_failure, after_start, start_allowed_at
 from supervisor.children import Child
 from supervisor.crashes import BlackBox, CrashRecord, CrashStore, crash_id, stacks_in, versions
 from supervisor.exits import ExitRecord, classify, record
+from supervisor.guard import Guard
 from supervisor.journal import Journal
 from supervisor.launch import SPARE, Launcher
+from supervisor.managed import Managed
 from supervisor.platform.base import Platform
 from supervisor.platform.reports import killed_by_jetsam, report_folders
 from supervisor.restarts import RestartPolicy
@@ -35,39 +36,9 @@ from supervisor.spare import Spare
 
 GATEWAY: Final = "gateway"
 _MAX_SLEEP_S: Final = 1.0
+#: A start that waits for memory looks again this often.
+_LOOK_S: Final = 0.2
 _MAX_CASUALTIES: Final = 256
-
-
-@dataclass(eq=False)
-class Managed:
-    """One slot with the process, connection and reports that belong to it. `model` is empty for the gateway."""
-
-    name: str
-    settings: Settings
-    model: str = ""
-    path: str = ""
-    created_at: float = 0.0
-    slot: Slot = field(default_factory=Slot)
-    child: Child | None = None
-    channel: Channel | None = None
-    endpoint: str = ""
-    capabilities: control.Capabilities | None = None
-    heartbeat: control.Heartbeat | None = None
-    memory_bytes: int | None = None
-    last_words: str = ""
-    box: BlackBox | None = None
-    #: The process speaks another protocol version: it can only be replaced.
-    foreign: bool = False
-
-    def tell(self, message: Message) -> bool:
-        """Send the process a message; return whether there was a connection."""
-        if self.channel is None:
-            return False
-        try:
-            self.channel.send(encode(message))
-        except ChannelClosedError:
-            return False
-        return True
 
 
 class Host:
@@ -87,6 +58,7 @@ class Host:
         self.listen_fd = -1
         #: While True nothing is started: processes of an earlier supervisor may still introduce themselves.
         self.holding = True
+        self.guard = Guard()
         self._changed = changed
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0
@@ -152,7 +124,9 @@ class Host:
         match action:
             case ev.Action.ASK_DRAIN:
                 replaced = not managed.model and managed.name != GATEWAY
-                if not managed.tell(control.Drain(self.config.lifecycle.drain_s, hand_over=replaced)):
+                if replaced and managed.foreign:
+                    self._signal(managed, signal.SIGUSR2)  # it cannot read our messages
+                elif not managed.tell(control.Drain(self.config.lifecycle.drain_s, hand_over=replaced)):
                     self.feed(managed, ev.Unwant(force=True) if not slot.wanted else ev.Restart(force=True))
             case ev.Action.ASK_STOP:
                 if not managed.tell(control.Stop("asked")):
@@ -209,9 +183,10 @@ class Host:
         self.incarnation += 1
         incarnation = self.incarnation
         degraded = bool(managed.model) and managed.slot.next_degraded(self.config.lifecycle)
-        managed.last_words = ""
+        managed.last_words = managed.verdict = ""
         managed.box = BlackBox(self.home.logs / f"{managed.name}.out")
         managed.heartbeat = managed.memory_bytes = managed.capabilities = None
+        managed.owed, managed.blocked = None, ""
         if managed.model:
             self.before_load(managed.model)
             self.breaker = after_start(self.breaker, time.monotonic())
@@ -221,14 +196,15 @@ class Host:
             failed = record("start_failed", at=time.time(), detail=f": {error.strerror}")
             self.feed(managed, ev.SpawnFailed(failed, self._luck()))
             return
-        self.journal.write(
-            "process_started",
-            model=managed.model,
-            slot=managed.name,
-            pid=managed.child.pid,
-            incarnation=incarnation,
-            degraded=degraded,
-        )
+        with self.guard("start"):  # a process that runs must be known to run
+            self.journal.write(
+                "process_started",
+                model=managed.model,
+                slot=managed.name,
+                pid=managed.child.pid,
+                incarnation=incarnation,
+                degraded=degraded,
+            )
         self.feed(managed, ev.Started(managed.child.pid, incarnation, degraded))
 
     def _spawn(self, managed: Managed, incarnation: int, *, degraded: bool) -> Child:
@@ -258,36 +234,41 @@ class Host:
 
     def _ended(self, managed: Managed, returncode: int | None) -> None:
         slot, seen_at = managed.slot, time.time()
-        self._hear_last_words(managed)
         asked = slot.state is ModelState.STOPPING or not slot.wanted
-        tail = "" if managed.box is None else managed.box.tail()
-        end = classify(
-            returncode,
-            at=seen_at,
-            asked=asked,
-            hung=bool(slot.condemned),
-            last_words=managed.last_words or slot.condemned,
-            stderr_tail=tail,
-            jetsam=returncode == -signal.SIGKILL and self._jetsam(managed),
-        )
+        end, tail = record("lost", at=seen_at), ""
+        with self.guard("end"):  # whatever fails here, it is gone
+            self._hear_last_words(managed)
+            tail = "" if managed.box is None else managed.box.tail()
+            end = classify(
+                returncode,
+                at=seen_at,
+                asked=asked,
+                hung=bool(slot.condemned),
+                last_words=managed.last_words or slot.condemned,
+                stderr_tail=tail,
+                verdict=managed.verdict,
+                jetsam=returncode == -signal.SIGKILL and self._jetsam(managed),
+            )
         crash = "" if end.name == "asked" else crash_id(seen_at, managed.name, slot.incarnation)
-        self.journal.write(
-            "process_exited",
-            level="INFO" if asked and not slot.condemned else "ERROR",
-            model=managed.model,
-            slot=managed.name,
-            pid=slot.pid,
-            incarnation=slot.incarnation,
-            exit_class=end.name,
-            code=end.code,
-            signal=end.signal,
-            reason=end.reason,
-            state=slot.state.value,
-            seen_at=seen_at,
-            crash=crash,
-        )
+        with self.guard("end"):
+            self.journal.write(
+                "process_exited",
+                level="INFO" if asked and not slot.condemned else "ERROR",
+                model=managed.model,
+                slot=managed.name,
+                pid=slot.pid,
+                incarnation=slot.incarnation,
+                exit_class=end.name,
+                code=end.code,
+                signal=end.signal,
+                reason=end.reason,
+                state=slot.state.value,
+                seen_at=seen_at,
+                crash=crash,
+            )
         managed.child = None
         managed.foreign = False
+        managed.owed = reclaim.owed(slot.footprint, slot.weight_bytes, time.monotonic()) if managed.model else None
         if managed.model and end.counted and not asked:
             self._count_failure(managed)
         if managed.channel is not None:
@@ -297,10 +278,13 @@ class Host:
             if leftover.suffix in {".json", ".sock"}:
                 with contextlib.suppress(OSError):
                     leftover.unlink()
-        report = self._crash_record(managed, end, tail) if crash else None
+        report = None
+        with self.guard("crash record"):
+            report = self._crash_record(managed, end, tail) if crash else None
         self.feed(managed, ev.Exited(end, self._luck()))
         if report is not None:  # after what has to be quick
-            self._report(report, stacks_in(tail))
+            with self.guard("crash record"):
+                self._report(report, stacks_in(tail))
         if not managed.model and managed.name != GATEWAY:
             self.remove(managed)  # a gateway that was replaced
 
@@ -319,6 +303,15 @@ class Host:
         elif self.find(model) is not None:
             self._casualties = {key: value for key, value in self._casualties.items() if key[0] != model}
             self._casualties[model, incarnation] = named
+
+    def condemn(self, model: str, incarnation: int) -> None:
+        """End a worker that a gateway cannot understand."""
+        managed = self.find(model)
+        if managed is None or managed.slot.incarnation != incarnation:
+            return
+        if managed.slot.alive and managed.slot.state is not ModelState.STOPPING:
+            managed.verdict = "protocol_error"
+            self.feed(managed, ev.Condemned("sent unreadable messages to the gateway"))
 
     def _hear_last_words(self, managed: Managed) -> None:
         """Its last frame may have arrived in the same moment as its end, and be unread."""
@@ -377,21 +370,41 @@ class Host:
         """Start what is due and arrange to be woken at the next deadline."""
         self._pumping = False
         now = time.monotonic()
-        if not self.holding:
-            self._start_due(now)
+        with self.guard("pump"):
+            if not self.holding:
+                self._start_due(now)
         self._arm(self.slots.values(), now)
 
     def _start_due(self, now: float) -> None:
         gateway = self.slots.get(GATEWAY)
         if self.listen_fd >= 0 and gateway is not None and gateway.slot.waiting and gateway.slot.retry_at <= now:
             self.start(gateway)
-        models = self.models()
+        models = [managed for managed in self.models() if self._has_room(managed, now)]
         chosen = life.may_start([managed.slot for managed in models], now)
         if chosen is not None and start_allowed_at(self.breaker, now, self.config.lifecycle) <= now:
             self.start(models[chosen])
-        busy = any(managed.slot.coming_up or managed.slot.waiting for managed in models)
+        busy = any(managed.slot.coming_up or managed.slot.waiting for managed in self.models())
         if self.spare is not None and not busy and self.spare.start(self.incarnation + 1, now):
             self.incarnation += 1
+
+    def _has_room(self, managed: Managed, now: float) -> bool:
+        """Return False for a model whose next process must wait for the memory of the last one."""
+        debt = managed.owed
+        if debt is None or not managed.slot.waiting or managed.slot.retry_at > now:
+            return True
+        available = self.platform.available()
+        verdict = reclaim.judge(debt, available, now, self.config.lifecycle.reclaim_s)
+        if verdict is reclaim.Verdict.BLOCK and available is not None:
+            if not managed.blocked:
+                self.journal.write(
+                    "memory_not_reclaimed",
+                    level="ERROR",
+                    model=managed.model,
+                    needed_bytes=debt.needed,
+                    available_bytes=available,
+                )
+            managed.blocked = reclaim.words(debt, available, now)
+        return verdict is reclaim.Verdict.START
 
     def replace_gateway(self) -> None:
         """Start another gateway on the same listening socket, and let the present one finish what it has."""
@@ -414,11 +427,14 @@ class Host:
 
     def _arm(self, slots: Iterable[Managed], now: float) -> None:
         due = now + _MAX_SLEEP_S
-        for managed in slots:
-            when = life.next_deadline(managed.slot, managed.settings)
-            # A waiting slot that is due already waits only for the loading place; the end of that load wakes us.
-            if when is not None and (when > now or not managed.slot.waiting):
-                due = min(due, max(when, now))
+        with self.guard("timer"):
+            for managed in slots:
+                when = life.next_deadline(managed.slot, managed.settings)
+                # A waiting slot that is due already waits only for the loading place; the end of that load wakes us.
+                if when is not None and (when > now or not managed.slot.waiting):
+                    due = min(due, max(when, now))
+                elif when is not None and managed.owed is not None:
+                    due = min(due, now + _LOOK_S)
         if self._timer is not None:
             self._timer.cancel()
         self._timer_due = due
@@ -429,7 +445,8 @@ class Host:
         if late > self.config.lifecycle.slept_s:
             self.journal.write("slept", level="WARNING", seconds=round(late, 1))
         for managed in list(self.slots.values()):
-            self.feed(managed, ev.Tick(late))
+            with self.guard("tick"):
+                self.feed(managed, ev.Tick(late))
         self._pump_soon()
 
     def close(self) -> None:

@@ -44,6 +44,10 @@ def advance(slot: Slot, event: Event, now: float, settings: Settings) -> Outcome
             return _exited(slot, record, luck, now, settings), ()
         case ev.SpawnFailed(record, luck):
             return _failed(slot, record, luck, now, settings), ()
+        case ev.Condemned(reason):
+            if not slot.alive or slot.state is ModelState.STOPPING:
+                return slot, ()
+            return _to(slot, ModelState.STOPPING, now, condemned=reason, reason=reason, killed=True), (Action.KILL,)
         case ev.Weighed(footprint):
             fell = slot.state is ModelState.STOPPING and footprint < slot.footprint * _FELL
             return msgspec.structs.replace(slot, footprint=footprint, fell_at=now if fell else slot.fell_at), ()

@@ -11,7 +11,8 @@ from protocol.messages import encode
 from protocol.states import Phase
 from supervisor import events as ev
 from supervisor.children import end_stranger
-from supervisor.host import GATEWAY, Host, Managed
+from supervisor.host import GATEWAY, Host
+from supervisor.managed import Managed
 from supervisor.server import Connection
 
 
@@ -40,6 +41,8 @@ class Peers:
             managed.capabilities = hello.capabilities
         managed.endpoint = hello.endpoint
         self._attach(managed, connection)
+        if hello.capabilities is not None:  # it may have said so on a connection that broke
+            self._host.feed(managed, ev.BecameReady(hello.load_s))
         await self._listen(managed, connection)
 
     async def gateway(self, hello: control.GatewayHello, connection: Connection) -> None:
@@ -48,8 +51,11 @@ class Peers:
         descriptor = connection.channel.take_fd()
         if descriptor is not None:
             self._handed_back(descriptor)
-        if hello.protocol != PROTOCOL_VERSION or not self._belongs(managed, hello, connection):
+        if not self._belongs(managed, hello, connection):
             self._dismiss(hello.pid, connection, "gateway")
+            return
+        if hello.protocol != PROTOCOL_VERSION:
+            managed.foreign = True  # its requests may end before the next one takes its place
             return
         self._attach(managed, connection)
         connection.channel.send(encode(self._catalog()))
@@ -120,6 +126,8 @@ class Peers:
                 feed(managed, ev.Beat(Phase.IDLE, 0))
             case control.Casualties(model, incarnation, requests):
                 self._host.name_casualties(model, incarnation, requests)
+            case control.Misbehaved(model, incarnation):
+                self._host.condemn(model, incarnation)
             case control.Dying(_, words):
                 managed.last_words = words
             case control.Drained():

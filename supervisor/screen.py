@@ -46,6 +46,8 @@ def status_text(document: dict[str, Any]) -> str:
     if supervisor.get("host_breaker_open_s"):
         seconds = supervisor["host_breaker_open_s"]
         lines.append(f"HOST BREAKER open {seconds:.0f} s: several models failed together; starts are rationed")
+    if supervisor.get("internal_errors"):
+        lines.append(f"INTERNAL ERRORS: {supervisor['internal_errors']}; see logs/supervisor.log, and report them")
     if gateway is not None:
         pid = f"pid {gateway['pid']}, " if gateway["pid"] else ""
         lines.append(f"gateway     {pid}{gateway['state']}, {gateway['url'] or 'not listening'}{_restarts(gateway)}")
@@ -104,6 +106,8 @@ def _restarts(gateway: dict[str, Any]) -> str:
 
 
 def _note(model: dict[str, Any]) -> str:
+    if model.get("blocked"):
+        return f"{model['id']}: {_one_line(model['blocked'])}"
     if model["state"] != "quarantined":
         return ""
     reason = _one_line(model["reason"] or "")[:_MAX_REASON]

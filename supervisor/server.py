@@ -47,6 +47,8 @@ class ControlServer:
         self._sock: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._retry: asyncio.TimerHandle | None = None
+        #: Conversations that ended with a bug of ours.
+        self.failures = 0
 
     def open(self) -> None:
         """Start to accept. The caller holds the lock of the home, so a socket file in the way is a leftover."""
@@ -115,4 +117,5 @@ class ControlServer:
         except MalformedMessageError:
             event("control_protocol_error", level="WARNING", pid=connection.pid)
         except Exception as error:  # noqa: BLE001 - one peer's trouble must not end the supervisor
+            self.failures += 1
             exception_event("internal_error", error, where="control")

@@ -35,6 +35,10 @@ class Loaded(msgspec.Struct, frozen=True):
     problems: tuple[str, ...] = ()
 
 
+def _as_it_is(payload: Any) -> Any:
+    return payload
+
+
 class _UnusableError(Exception):
     """The file is damaged; the text says how."""
 
@@ -58,17 +62,23 @@ class StateFile:
     def _previous(self) -> Path:
         return self._file.with_name(self._file.name + ".prev")
 
-    def load(self) -> Loaded:
-        """Return the newest usable payload: the live file's, else the previous one's, else None."""
+    def load(self, convert: Callable[[Any], Any] = _as_it_is) -> Loaded:
+        """Return the newest usable payload: the live file's, else the previous one's, else None.
+
+        `convert` makes it what the caller wants, and raises `msgspec.ValidationError` for what has another shape.
+        """
         problems: list[str] = []
         for candidate in (self._file, self._previous):
             try:
-                return Loaded(self._read(candidate), tuple(problems))
+                return Loaded(convert(self._read(candidate)), tuple(problems))
             except FileNotFoundError:
                 continue
             except _NewerSchemaError as error:
                 self._read_only = True
                 return Loaded(None, (*problems, str(error)))
+            except msgspec.ValidationError as error:
+                problems.append(f"{candidate.name}: the contents have another shape: {error}")
+                _keep_aside(candidate)
             except (OSError, _UnusableError) as error:
                 problems.append(f"{candidate.name}: {error}")
                 _keep_aside(candidate)

@@ -72,7 +72,8 @@ class Store:
         sync = platform.full_sync
         self._desired = StateFile(home.state / "desired", kind="lmx.desired", schema=_SCHEMA, sync=sync)
         self._runtime = StateFile(home.state / "runtime", kind="lmx.runtime", schema=_SCHEMA, sync=sync)
-        self._problems: dict[StateFile, str] = {}
+        #: Files that do not hold what they were last told: why not, and what that was.
+        self._problems: dict[StateFile, tuple[str, msgspec.Struct]] = {}
 
     @property
     def durable(self) -> bool:
@@ -82,7 +83,7 @@ class Store:
     @property
     def problem(self) -> str:
         """Why not, in words; empty while durable."""
-        return next(iter(self._problems.values()), "")
+        return next((why for why, _ in self._problems.values()), "")
 
     def load(self) -> tuple[Desired | None, Runtime]:
         """Return what was stored; None for the intent if there is none that can be used."""
@@ -98,12 +99,17 @@ class Store:
         """Store how things are."""
         self._save(self._runtime, runtime)
 
+    def try_again(self) -> None:
+        """Save what could not be saved; nothing while everything is durable."""
+        for file, (_, payload) in list(self._problems.items()):
+            self._save(file, payload)
+
     def _save(self, file: StateFile, payload: msgspec.Struct) -> None:
         try:
             file.save(payload)
         except OSError as error:
             was_durable = self.durable
-            self._problems[file] = error.strerror or str(error)
+            self._problems[file] = (error.strerror or str(error), payload)
             if was_durable:
                 event("state_not_durable", level="ERROR", reason=self.problem)
         else:
@@ -118,13 +124,8 @@ def remember_start(starts: tuple[float, ...], now: float) -> tuple[float, ...]:
 
 
 def _decode(file: StateFile, kind: type[PayloadT], name: str) -> PayloadT | None:
-    loaded = file.load()
+    loaded = file.load(lambda payload: msgspec.convert(payload, kind))
     for problem in loaded.problems:
         event("state_recovered", level="WARNING", file=name, reason=problem)
-    if loaded.payload is None:
-        return None
-    try:
-        return msgspec.convert(loaded.payload, kind)
-    except msgspec.ValidationError as error:
-        event("runtime_state_load_failed", level="ERROR", file=name, reason=str(error))
-        return None
+    found: PayloadT | None = loaded.payload
+    return found

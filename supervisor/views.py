@@ -9,7 +9,8 @@ from typing import Any, Final
 from protocol import __version__, control
 from protocol.states import ModelState
 from supervisor.exits import ExitRecord
-from supervisor.host import GATEWAY, Managed
+from supervisor.host import GATEWAY
+from supervisor.managed import Managed
 
 STATUS_SCHEMA: Final = "lmx.status/1"
 _MAX_LISTED: Final = 1000
@@ -90,11 +91,11 @@ def status_document(
     *,
     url: str,
     started_at: float,
-    durable: bool,
     problem: str,
     safe_mode: str,
     handed_over: bool,
     breaker_open_s: float,
+    internal_errors: int,
     now: float,
 ) -> dict[str, Any]:
     """Return the document of `lmx-supervisor status --json`. `now` is monotonic, `started_at` Unix time."""
@@ -106,11 +107,12 @@ def status_document(
             "pid": os.getpid(),
             "uptime_s": round(time.time() - started_at, 3),
             "version": __version__,
-            "state_durable": durable,
+            "state_durable": not problem,
             "state_problem": problem or None,
             "safe_mode": safe_mode or None,
             "handed_over": handed_over,
             "host_breaker_open_s": round(breaker_open_s, 1) or None,
+            "internal_errors": internal_errors,
         },
         "gateway": {
             "pid": gateway.slot.pid or None,
@@ -140,6 +142,7 @@ def _model(managed: Managed, now: float) -> dict[str, Any]:
         "memory_bytes": managed.memory_bytes,
         "path": managed.path,
         "reason": slot.reason or None,
+        "blocked": managed.blocked or None,
         "state_for_s": round(now - slot.since, 3),
         "degraded": slot.degraded and slot.pid != 0,
         "probe_in_s": round(max(0.0, slot.probe_at - now), 1) if slot.probe_at else None,

@@ -109,7 +109,10 @@ class IoThread:
 
     def _turn(self) -> None:
         self._watch_control()
-        readable, fds = self._link.wait(self._next_timer() - monotonic())
+        due = self._next_timer()
+        readable, fds = self._link.wait(due - monotonic())
+        if monotonic() - due > self._spec.lifecycle.slept_s:
+            self._control.heard_at = monotonic()  # this machine stood still, and so did the supervisor
         if self._wake_in.fileno() in fds:
             self._on_wake(monotonic())
         if readable:

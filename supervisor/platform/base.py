@@ -31,6 +31,9 @@ class Platform(Protocol):
     def footprint(self, pid: int) -> int | None:
         """Return the memory the process really occupies."""
 
+    def available(self) -> int | None:
+        """Return the memory that a new process could be given now."""
+
     def peer(self, sock: socket.socket) -> tuple[int, int]:
         """Return (uid, pid) of the other end of a unix socket."""
 

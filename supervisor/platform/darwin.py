@@ -104,6 +104,13 @@ class Darwin:
             return None
         return footprint_of(usage.raw)
 
+    def available(self) -> int | None:
+        """Return free and inactive memory; what a dead process left wired is in neither."""
+        try:
+            return int(psutil.virtual_memory().available)
+        except (psutil.Error, OSError, RuntimeError):
+            return None
+
     def peer(self, sock: socket.socket) -> tuple[int, int]:
         """Return (uid, pid) from LOCAL_PEERCRED and LOCAL_PEERPID."""
         uid = uid_of(sock.getsockopt(_SOL_LOCAL, _LOCAL_PEERCRED, _XUCRED_BYTES))

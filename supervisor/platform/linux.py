@@ -72,6 +72,17 @@ class Linux:
                 return int(line.split()[1]) * 1024
         return None
 
+    def available(self) -> int | None:
+        """Return `MemAvailable`."""
+        try:
+            text = Path("/proc/meminfo").read_text(encoding="ascii")
+        except OSError:
+            return None
+        for line in text.splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+        return None
+
     def peer(self, sock: socket.socket) -> tuple[int, int]:
         """Return (uid, pid) from SO_PEERCRED."""
         pid, uid, _gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))

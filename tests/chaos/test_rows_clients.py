@@ -19,7 +19,7 @@ import pytest
 
 from gateway.body import BODY_TIMEOUT_S
 from gateway.server import HEAD_TIMEOUT_S
-from tests.chaos.clients import OTHER, Others
+from tests.chaos.clients import OTHER
 from tests.chaos.figures import Figure
 from tests.chaos.scene import Stage
 from tests.chaos.test_rows_gateway import (
@@ -33,6 +33,7 @@ from tests.chaos.test_rows_gateway import (
     patched,
     pids,
     stage_of,
+    undisturbed,
 )
 from tests.fault.plan import FaultPlan
 from tests.harness import chat, deadline
@@ -125,7 +126,7 @@ async def test_row_72_disconnect_in_queue_and_decode(stage: Stage, figure: Figur
     where = address(stage)
     long = posted(chat(SLOW, max_tokens=5000, stream=stream, text="[[tokens 5000]]"))
     cancelled = logged(stage, "inference_cancelled")
-    with Others(stage.lmx):
+    with undisturbed(stage.lmx):
         decoding = [await connected(where, long) for _ in range(32)]
         await running(stage, 32, 0)
         queued = [await connected(where, long) for _ in range(200)]
@@ -175,7 +176,7 @@ async def test_row_72_disconnect_in_prefill(stage: Stage, figure: Figure) -> Non
         return [json.loads(line) for line in lines if b'"event":"request_finished"' in line]
 
     times, before = [], len(finished())
-    with Others(stage.lmx):
+    with undisturbed(stage.lmx):
         for _ in range(7):
             crowd = [await connected(where, long) for _ in range(32)]
             async with asyncio.timeout(PATIENCE_S):
@@ -217,7 +218,7 @@ def test_row_73_slow_reader(stage: Stage, figure: Figure) -> None:
 
     usual, memory = p99(), process.memory_info().rss
     readers = []
-    with contextlib.ExitStack() as stack, Others(stage.lmx):
+    with contextlib.ExitStack() as stack, undisturbed(stage.lmx):
         for _ in range(4):
             reader = stack.enter_context(socket.socket())
             reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -251,7 +252,7 @@ def test_row_74_slow_heads_and_bodies(stage: Stage, figure: Figure) -> None:
     """500 half-open connections, scaled from 10 s and 30 s to 1.5 s."""
     assert (HEAD_TIMEOUT_S, BODY_TIMEOUT_S) == (10.0, 30.0)
     process = psutil.Process(gateway_of(stage.lmx)["pid"])
-    with contextlib.ExitStack() as crowd, Others(stage.lmx):
+    with contextlib.ExitStack() as crowd, undisturbed(stage.lmx):
         usual = process.num_fds()
         half: list[tuple[socket.socket, bytes]] = []
         began = time.monotonic()
@@ -286,7 +287,7 @@ def test_row_74_slow_heads_and_bodies(stage: Stage, figure: Figure) -> None:
 
 def test_row_75_body_too_large(stage: Stage) -> None:
     """Memory while a client sends on and on: tests/e2e/test_gateway_bad_input.py."""
-    with Others(stage.lmx), socket.create_connection(address(stage), timeout=PATIENCE_S) as sock:
+    with undisturbed(stage.lmx), socket.create_connection(address(stage), timeout=PATIENCE_S) as sock:
         sock.sendall(
             b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 107374182400\r\n\r\n" + b"x" * 999
         )
@@ -316,7 +317,7 @@ def test_row_76_nonsense_in_bodies(stage: Stage) -> None:
         good.replace(b"false", b"0"),
         good + good,
     ]
-    with Others(stage.lmx), httpx.Client(base_url=stage.lmx.url, timeout=PATIENCE_S) as http:
+    with undisturbed(stage.lmx), httpx.Client(base_url=stage.lmx.url, timeout=PATIENCE_S) as http:
         for body in bodies:
             answer = http.post("/v1/chat/completions", content=body)
             assert answer.status_code == 400, (body[:60], answer.text)
@@ -327,7 +328,7 @@ def test_row_76_nonsense_in_bodies(stage: Stage) -> None:
 def test_row_78_context_too_long_and_max_tokens_huge(stage: Stage) -> None:
     """By tokens; what the KV cache of a request would need is a later issue."""
     limit = 4096
-    with Others(stage.lmx), httpx.Client(base_url=stage.lmx.url, timeout=PATIENCE_S) as http:
+    with undisturbed(stage.lmx), httpx.Client(base_url=stage.lmx.url, timeout=PATIENCE_S) as http:
 
         def code(words: int, max_tokens: int | None) -> tuple[int, str]:
             body = {**chat(OTHER, max_tokens=1, stream=False, text="w " * words), "max_tokens": max_tokens}
@@ -370,7 +371,7 @@ async def test_row_79_burst(tiny_model: Path, figure: Figure) -> None:
                 assert b"retry-after:" in head.lower()
             writer.close()
 
-        with Others(stage.lmx):
+        with undisturbed(stage.lmx):
             async with asyncio.timeout(60), asyncio.TaskGroup() as group:
                 began = time.monotonic()
                 for number in range(500):
@@ -394,7 +395,7 @@ def test_row_81_admin_without_a_key_is_closed(stage: Stage) -> None:
     """There are no admin routes yet; whoever one says to be, none of them answers."""
     spoofed = {"x-forwarded-for": "127.0.0.1", "forwarded": "for=127.0.0.1", "x-real-ip": "::1", "host": "localhost"}
     paths = ["health", "models/load", "models/unload", "models/restart", "config/reload", "logs", "events", "audit"]
-    with Others(stage.lmx), httpx.Client(base_url=stage.lmx.url, timeout=PATIENCE_S, headers=spoofed) as http:
+    with undisturbed(stage.lmx), httpx.Client(base_url=stage.lmx.url, timeout=PATIENCE_S, headers=spoofed) as http:
         for path in (*paths, "", "../admin/logs", "%2e%2e/admin/logs"):
             for method in ("GET", "POST", "DELETE"):
                 answer = http.request(method, f"/admin/{path}")
@@ -428,7 +429,7 @@ NAMES = [
 
 
 def test_row_82_model_names_reach_no_file(stage: Stage, site: Path) -> None:
-    with Others(stage.lmx), httpx.Client(base_url=stage.lmx.url, timeout=PATIENCE_S) as http:
+    with undisturbed(stage.lmx), httpx.Client(base_url=stage.lmx.url, timeout=PATIENCE_S) as http:
         assert http.get("/v1/models/nothing").status_code == 404  # what an error imports, it imports now
         assert ask(stage.lmx.url, "nothing").wait().status == 404
         before = (site / "opened").read_bytes()
@@ -448,7 +449,7 @@ def test_row_83_unloaded_model_asked_for_again_and_again(stage: Stage) -> None:
     """Only an operator loads. Two names in turn, from many clients."""
     since = time.time()
     (stage.lmx.home / "models").mkdir(exist_ok=True)
-    with Others(stage.lmx):
+    with undisturbed(stage.lmx):
         calls = [ask(stage.lmx.url, name, max_tokens=1) for _ in range(30) for name in ("lain-a", "lain-b")]
         for call in calls:
             call.wait()
@@ -463,7 +464,7 @@ def test_row_84_nothing_of_a_request_is_written(tiny_model: Path) -> None:
         lmx = stage.lmx
         load(stage, "second")
         headers = {"Authorization": f"Bearer {key}", "X-LMX-On-Crash": "fail"}
-        with Others(lmx):
+        with undisturbed(lmx):
             for deed in ("abort 3", "kill 3", "exit 87 3", "raise 3", "garbage", "wrong", "twice", "io"):
                 before = lmx.model("second")
                 call = ask(lmx.url, "second", f"{secret} [[{deed}]] {secret}", headers=headers)

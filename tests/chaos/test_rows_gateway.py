@@ -79,6 +79,16 @@ def stage_of(folder: Path, **settings: str) -> Iterator[Stage]:
                 stage.lmx.process.wait(10)
 
 
+@contextlib.contextmanager
+def undisturbed(lmx: Lmx) -> Iterator[None]:
+    """Assert that requests to the other model and to /healthz show no error while the block runs."""
+    with Others(lmx) as others:
+        yield
+        for _ in deadline(10):  # a short block is none without a request in it
+            if others.streams and others.polls:
+                break
+
+
 def load(stage: Stage, *models: str) -> None:
     """Load models from the stage's folder, each until it is ready."""
     for model in models:
@@ -301,7 +311,7 @@ def test_row_39_descriptors_exhausted_in_a_worker(stage: Stage) -> None:
     victim, gateway = lmx.model("second"), gateway_of(lmx)
     (endpoint,) = (lmx.home / "run").glob(f"second-*.{victim['incarnation']}.sock")
     process = psutil.Process(victim["pid"])
-    with Others(lmx), contextlib.ExitStack() as crowd:
+    with undisturbed(lmx), contextlib.ExitStack() as crowd:
         process.rlimit(psutil.RLIMIT_NOFILE, (process.num_fds() + 2, process.num_fds() + 2))
         for _ in range(20):
             stranger = crowd.enter_context(socket.socket(socket.AF_UNIX))
@@ -327,7 +337,7 @@ def test_row_39_descriptors_exhausted_in_the_supervisor(tiny_model: Path) -> Non
         assert lmx.process is not None
         supervisor, gateway = psutil.Process(lmx.process.pid), gateway_of(lmx)
         limits = supervisor.rlimit(psutil.RLIMIT_NOFILE)
-        with Others(lmx):
+        with undisturbed(lmx):
             for spare in (1, 0, -1, -3, -5):
                 victim, since = lmx.model("second"), time.time()
                 supervisor.rlimit(psutil.RLIMIT_NOFILE, (supervisor.num_fds() + spare, limits[1]))
@@ -382,7 +392,7 @@ def test_row_41_two_supervisors_and_two_gateways(stage: Stage) -> None:
     before, gateway = pids(lmx), gateway_of(lmx)
     assert lmx.process is not None
     since = time.time()
-    with Others(lmx):
+    with undisturbed(lmx):
         done = lmx.cli("run", check=False)
         assert done.returncode == 1
         assert f"pid {lmx.process.pid}" in done.stderr
@@ -407,7 +417,7 @@ def test_row_41_two_supervisors_and_two_gateways(stage: Stage) -> None:
 
 def test_row_43_unhandled_exception_in_a_handler(stage: Stage) -> None:
     lmx = stage.lmx
-    with Others(lmx):
+    with undisturbed(lmx):
         for number in range(5):
             headers = {"x-boom": "1", "x-request-id": f"boom-{number}"}
             answer = httpx.get(f"{lmx.url}/v1/models", headers=headers)
@@ -424,20 +434,19 @@ def test_row_43_unhandled_exception_in_a_handler(stage: Stage) -> None:
     assert [file for file in written if b"Canary-Marker" in file.read_bytes()] == []
 
 
-@pytest.mark.parametrize(("text", "words"), [("[gateway]\n\nport = 'x'\n", "lmx.toml:3"), ("nonsense", "lmx.toml")])
-def test_row_44_configuration_error_at_start(stage: Stage, figure: Figure, text: str, words: str) -> None:
+def test_row_44_configuration_error_at_start(stage: Stage, figure: Figure) -> None:
     """The next supervisor refuses to start; gateway and workers go on and are adopted once it can."""
     lmx = stage.lmx
     before, gateway = pids(lmx), gateway_of(lmx)
-    with Others(lmx):
+    with undisturbed(lmx):
         lmx.kill_supervisor()
-        (lmx.home / "lmx.toml").write_text(text)
+        (lmx.home / "lmx.toml").write_text("[gateway]\n\nport = 'x'\n")
         began = time.monotonic()
         done = lmx.cli("run", check=False)
         figure("row 44", "refused with words", time.monotonic() - began, target=1.0)
         assert time.monotonic() - began < 4
         assert done.returncode == 5
-        assert words in done.stderr
+        assert "lmx.toml:3" in done.stderr
         (lmx.home / "lmx.toml").unlink()
         lmx.start()
         lmx.wait_status(lambda doc: [m["state"] for m in doc["models"]] == ["ready"] * len(before))

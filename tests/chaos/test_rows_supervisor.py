@@ -16,7 +16,7 @@ import pytest
 from protocol.config import LifecycleConfig
 from supervisor.safety import Strike, crash_loop_of_supervisor
 from supervisor.statefile import StateFile
-from tests.chaos.clients import OTHER, Others
+from tests.chaos.clients import OTHER
 from tests.chaos.figures import Figure
 from tests.chaos.scene import Stage
 from tests.chaos.test_rows_gateway import (
@@ -28,6 +28,7 @@ from tests.chaos.test_rows_gateway import (
     patched,
     pids,
     stage_of,
+    undisturbed,
     workers_of,
 )
 from tests.fault.plan import FaultPlan
@@ -158,7 +159,7 @@ def kill_everything(lmx: Lmx) -> None:
 def test_row_45_supervisor_killed_under_load(stage: Stage, figure: Figure) -> None:
     lmx, url = stage.lmx, stage.lmx.url
     before, gateway = pids(lmx), gateway_of(lmx)
-    with Others(lmx):
+    with undisturbed(lmx):
         calls = [ask(url, "second", "[[tokens 2000]]", max_tokens=2000) for _ in range(4)]
         for call in calls:
             call.wait_chunks(3)
@@ -210,7 +211,7 @@ def test_row_47_supervisor_dies_in_the_middle_of_a_start(stage: Stage, site: Pat
     lmx = stage.lmx
     gateway, other, victim = gateway_of(lmx), lmx.model(OTHER), lmx.model("second")
     since, most = time.time(), 0
-    with Others(lmx):
+    with undisturbed(lmx):
         (site / "point").write_text(f"die {point}")
         if point in {"process spawned", "start fed"}:
             (site / "slow").touch()  # it says hello when the next supervisor has long been there
@@ -248,7 +249,7 @@ def test_row_48_supervisor_dies_while_it_writes_its_state(stage: Stage, damage: 
     lmx = stage.lmx
     before, gateway = pids(lmx), gateway_of(lmx)
     live = lmx.home / "state" / "runtime"
-    with Others(lmx):
+    with undisturbed(lmx):
         lmx.kill_supervisor()
         if damage == "half of it is missing":
             os.truncate(live, live.stat().st_size // 2)
@@ -268,7 +269,7 @@ def test_row_48_supervisor_dies_while_it_writes_its_state(stage: Stage, damage: 
 def test_row_49_supervisor_and_worker_die_together(stage: Stage, figure: Figure) -> None:
     lmx, url = stage.lmx, stage.lmx.url
     before, gateway = pids(lmx), gateway_of(lmx)
-    with Others(lmx):
+    with undisturbed(lmx):
         lmx.kill_supervisor()
         os.kill(before["second"], signal.SIGKILL)
         waiting = ask(url, "second")
@@ -294,7 +295,7 @@ def test_row_50_supervisor_crash_loop(tiny_model: Path) -> None:
         lmx = stage.lmx
         load(stage, "second")
         before = lmx.model("second")
-        with Others(lmx):
+        with undisturbed(lmx):
             for _ in range(2):
                 lmx.kill_supervisor()
                 for pid in workers_of(lmx, "second"):
@@ -318,7 +319,7 @@ def test_row_51_exception_in_one_handler(stage: Stage, site: Path) -> None:
     assert lmx.process is not None
     log, gateway, other = lmx.home / "logs" / "supervisor.log", gateway_of(lmx), lmx.model(OTHER)
     seen, unreached = log.stat().st_size, []
-    with Others(lmx):
+    with undisturbed(lmx):
         for point in QUIET_POINTS:
             (site / "point").write_text(f"raise {point}")
             for _ in deadline(5):
@@ -343,7 +344,7 @@ def test_row_51_exception_while_a_process_ends_and_starts(stage: Stage, site: Pa
     lmx = stage.lmx
     log, gateway, other = lmx.home / "logs" / "supervisor.log", gateway_of(lmx), lmx.model(OTHER)
     seen, victim = log.stat().st_size, lmx.model("second")
-    with Others(lmx):
+    with undisturbed(lmx):
         (site / "point").write_text(f"raise {point}")
         os.kill(victim["pid"], signal.SIGKILL)
         lmx.wait_model("second", other_than=victim["incarnation"], within_s=15)
@@ -369,7 +370,7 @@ def test_row_51_the_supervisor_still_pings_after_an_exception(tiny_model: Path, 
     settings = patched(site, supervisor=SUPERVISOR_PATCH)
     with stage_of(tiny_model, LMX_LIFECYCLE__LEASE_S="1.5", **settings) as stage:
         before, gateway = pids(stage.lmx), gateway_of(stage.lmx)
-        with Others(stage.lmx):
+        with undisturbed(stage.lmx):
             (site / "point").write_text("raise ping")
             for _ in deadline(5):
                 if not (site / "point").exists():
@@ -514,7 +515,7 @@ def test_row_57_machine_goes_down_while_a_model_loads(tiny_model: Path) -> None:
         load(stage, "suspect", "innocent")
         incarnation = lmx.model("suspect")["incarnation"]
         stage.faults.write_bytes(msgspec.json.encode([FaultPlan(models=("suspect",), load_s=30.0)]))
-        with Others(lmx):
+        with undisturbed(lmx):
             os.kill(lmx.model("suspect")["pid"], signal.SIGKILL)
             lmx.wait_model("suspect", "loading", other_than=incarnation)
         kill_everything(lmx)
@@ -561,7 +562,7 @@ def test_row_59_sleep_and_wake(tiny_model: Path) -> None:
         lmx, url = stage.lmx, stage.lmx.url
         load(stage, "second")
         before, gateway, family, since = pids(lmx), gateway_of(lmx), lmx.processes(), time.time()
-        with Others(lmx):
+        with undisturbed(lmx):
             calls = [ask(url, *long, max_tokens=1500) for long in LONG]
             for call in calls:
                 call.wait_chunks(3)
@@ -584,7 +585,7 @@ def test_row_60_wall_clock_jumps(stage: Stage, site: Path, years: int) -> None:
     lmx = stage.lmx
     before, gateway = pids(lmx), gateway_of(lmx)
     offset = years * 365.25 * 86400
-    with Others(lmx):
+    with undisturbed(lmx):
         lmx.kill_supervisor()
         (site / "clock").write_text(str(offset))
         lmx.start()

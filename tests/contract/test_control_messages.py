@@ -27,6 +27,7 @@ from protocol.control import (
     Heartbeat,
     Loading,
     LoadRequest,
+    Misbehaved,
     Ping,
     Progress,
     Ready,
@@ -196,6 +197,10 @@ GOLDEN: tuple[tuple[Any, str], ...] = (
     (
         Casualties("org/tiny", 7, ["bot-1", "req_2"]),
         "941aa86f72672f74696e790792a5626f742d31a57265715f32",
+    ),
+    (
+        Misbehaved("org/tiny", 7),
+        "931ba86f72672f74696e7907",
     ),
     (
         HandoverRequest(),

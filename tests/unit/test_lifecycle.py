@@ -341,3 +341,21 @@ def test_what_is_set_aside_for_a_panic_stays_until_it_is_asked_for() -> None:
     assert (slot.state, slot.reason, slot.probe_at) == (ModelState.QUARANTINED, "the machine panicked", 0)
     assert play([(1e6, ev.Tick())], slot)[0].state is ModelState.QUARANTINED
     assert may_start([play([(1e6, ev.Want())], slot)[0]], 1e6) == 0
+
+
+def test_what_others_saw_of_a_process_ends_it_at_once_and_counts() -> None:
+    slot, actions = play([(20.0, ev.Condemned("sent nonsense"))], ready())
+    assert (slot.state, slot.condemned, actions) == (ModelState.STOPPING, "sent nonsense", [Action.KILL])
+    slot, actions = play([(20.1, ev.Condemned("again"))], slot)
+    assert (slot.condemned, actions) == ("sent nonsense", [])
+    ended = classify(-9, at=0.0, asked=False, hung=True, last_words=slot.condemned, verdict="protocol_error")
+    assert (ended.name, ended.counted) == ("protocol_error", True)
+    slot, _ = play([(20.2, ev.Exited(ended))], slot)
+    assert (slot.state, slot.pid) == (ModelState.BACKOFF, 0)
+
+
+def test_a_process_that_is_gone_or_going_anyway_is_not_condemned() -> None:
+    asked, _ = play([(20.0, ev.Unwant(force=True))], ready())
+    for slot in (Slot(), asked):
+        after, actions = advance(slot, ev.Condemned("late news"), 21.0, SETTINGS)
+        assert (after, actions) == (slot, ())

@@ -152,11 +152,39 @@ def test_a_whole_file_of_the_wrong_shape_is_reported_and_not_taken(home: Home, s
         desired, runtime = store.load()
     assert desired is None or (isinstance(payload, dict) and desired == Desired())
     assert isinstance(runtime, Runtime)
-    failed = {entry["file"] for entry in seen if entry["event"] == "runtime_state_load_failed"}
+    failed = {entry["file"] for entry in seen if "another shape" in entry["reason"]}
     assert (desired is None) == ("desired" in failed)
     assert failed
     store.save_desired(DESIRED)
     assert store.load()[0] == DESIRED
+
+
+def test_a_whole_file_of_the_wrong_shape_falls_back_to_the_one_before(home: Home, store: Store) -> None:
+    store.save_desired(DESIRED)
+    store.save_desired(Desired())
+    raw(home.state / "desired", "lmx.desired", b'{"models": 7}')
+    with logged() as seen:
+        assert store.load()[0] == DESIRED
+    assert names(seen) == ["state_recovered"]
+    assert "another shape" in seen[0]["reason"]
+    assert (home.state / "desired.bad").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="tells files apart by /proc")
+def test_what_the_disk_did_not_take_is_saved_once_it_can(home: Home, store: Store, disk: Disk) -> None:
+    store.save_desired(Desired())
+    disk.refuses = {"desired"}
+    store.save_desired(DESIRED)
+    store.try_again()
+    assert not store.durable
+    disk.refuses = set()
+    with logged() as seen:
+        store.try_again()
+    assert (store.durable, names(seen)) == (True, ["state_durable_again"])
+    assert Store(home, current_platform()).load()[0] == DESIRED
+    synced = disk.synced
+    store.try_again()
+    assert disk.synced == synced, "nothing is written while nothing is missing"
 
 
 def test_unknown_fields_of_a_later_release_are_ignored(home: Home, store: Store) -> None:
