@@ -157,7 +157,7 @@ def _parse_value(text: str, default: object, variable: str) -> object:
     value = _parse_toml(text)
     if isinstance(default, tuple) and not isinstance(value, list):
         parts = [part.strip() for part in text.split(",") if part.strip()]
-        return parts if isinstance(default[0], str) else [_parse_toml(part) for part in parts]
+        return parts if not default or isinstance(default[0], str) else [_parse_toml(part) for part in parts]
     return value
 
 
