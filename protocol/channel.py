@@ -66,10 +66,7 @@ class Channel:
 
     def take_rest(self) -> list[bytes]:
         """Return the frames of a peer that has ended, as far as nobody has received them."""
-        known = -1
-        while not self.closed and len(self._frames) != known:
-            known = len(self._frames)
-            self._on_readable()
+        self._read_rest()
         rest = list(self._frames)
         self._frames.clear()
         return rest
@@ -116,8 +113,15 @@ class Channel:
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError as error:
+            self._read_rest()  # what it said before it went may still lie there
             self.close(error.strerror or "send failed")
             return 0
+
+    def _read_rest(self) -> None:
+        known = -1
+        while not self.closed and len(self._frames) != known:
+            known = len(self._frames)
+            self._on_readable()
 
     def _on_readable(self) -> None:
         try:

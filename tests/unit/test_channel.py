@@ -102,6 +102,19 @@ async def test_after_the_peer_left_what_it_sent_is_read_and_then_its_end_is_told
         two.send(b"x")
 
 
+async def test_sending_to_a_peer_that_has_left_does_not_lose_its_last_words(
+    half: tuple[Channel, socket.socket],
+) -> None:
+    channel, other = half
+    other.sendall(frame(b"these"))
+    other.close()
+    channel.send(b"before anything was read")
+    assert channel.closed
+    assert await channel.receive() == b"these"
+    with pytest.raises(ChannelClosedError):
+        await channel.receive()
+
+
 async def test_one_who_waits_is_woken_by_the_end(pair: tuple[Channel, Channel]) -> None:
     one, two = pair
     waiting = asyncio.create_task(two.receive())
