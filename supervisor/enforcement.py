@@ -20,6 +20,8 @@ _EASED: Final = 0.05
 _SHED_EASED: Final = 0.02
 #: Never replaced for less than this: an allocator's ups and downs.
 _MIN_DRIFT: Final = 64 * 1024 * 1024
+#: What MLX has given back leaves the footprint some seconds later.
+_IDLE_DRIFT_S: Final = 5.0
 #: One that takes no requests, and did not get smaller by that, is replaced after this.
 _STUCK_S: Final = 10.0
 #: After the largest model was ended the system gets so long to feel it.
@@ -87,7 +89,7 @@ def drift(
 ) -> tuple[Watch, bool]:
     """Return what to remember, and whether the process should be replaced for what it holds beyond `expected`.
 
-    At once when nobody uses it, else when it has been so for the grace.
+    Soon when nobody uses it, else when it has been so for the grace.
     """
     if footprint is None or expected is None or not config.rotate or not need:
         return seen, False
@@ -96,7 +98,7 @@ def drift(
     since = now if seen.drifting_since is None else seen.drifting_since
     seen = msgspec.structs.replace(seen, drifting_since=since)
     held_s = now - since
-    return seen, held_s >= (_FACT * config.sample_s if idle else config.rotate_grace_s)
+    return seen, held_s >= (min(_IDLE_DRIFT_S, config.rotate_grace_s) if idle else config.rotate_grace_s)
 
 
 class Whole(msgspec.Struct, frozen=True):

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from protocol.control import Capabilities
-from protocol.logs import exception_event
+from protocol.logs import event, exception_event
 from protocol.modelfolder import ModelFolder, ModelFolderError, inspect_model_folder
-from protocol.spec import WorkerSpec
+from protocol.spec import MemoryLimits, WorkerSpec
 from protocol.states import WorkerExit
 from worker.failures import FatalError, classify, describe
 from worker.jobs import Loaded
@@ -36,6 +36,7 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
     from worker.batch import BatchBackend  # noqa: PLC0415
     from worker.prompt import PromptMaker, find_context  # noqa: PLC0415
 
+    keep_to(spec.memory)
     model, tokenizer = _read(folder)
     weight_bytes = _materialise(model, report)
     eos = frozenset(int(token) for token in tokenizer.eos_token_ids)
@@ -56,7 +57,28 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
         prepare=prompts.prepare,
         canary=Canary(backend, len(tokenizer)),
         memory=lambda: (mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory()),
+        relieve=relieve,
     )
+
+
+def keep_to(limits: MemoryLimits) -> None:
+    """Tell MLX how much it may use: a guide, beyond which it frees sooner; it refuses nothing. Nothing is wired."""
+    import mlx.core as mx  # noqa: PLC0415
+
+    if limits.memory_bytes:
+        mx.set_memory_limit(limits.memory_bytes)
+    if limits.buffer_bytes:
+        mx.set_cache_limit(limits.buffer_bytes)
+
+
+def relieve(above_bytes: int) -> None:
+    """Give back the buffers that MLX keeps for reuse, if they are more than so many bytes."""
+    import mlx.core as mx  # noqa: PLC0415
+
+    kept = mx.get_cache_memory()
+    if kept > above_bytes:
+        mx.clear_cache()
+        event("buffers_cleared", buffer_bytes=kept)
 
 
 class Canary:

@@ -100,6 +100,7 @@ def _serve(
             status,
             canary=loaded.canary,
             canary_idle_s=spec.lifecycle.canary_idle_s,
+            relieve=loaded.relieve,
         ).run()
     except FatalError as error:
         return error.code, error.message
