@@ -11,7 +11,7 @@ from protocol.modelfolder import ModelFolderError
 from protocol.spec import MemoryLimits
 from protocol.states import ModelState
 from supervisor import events as ev
-from supervisor import footprint, ledger
+from supervisor import ledger
 from supervisor.host import Host
 from supervisor.ledger import Plan, Use, Verdict
 from supervisor.managed import Managed
@@ -69,7 +69,7 @@ class Admission:
         """Return what the process of a model may occupy, 0 for no limit."""
         account = managed.account
         if self._budget is None:
-            self._budget = ledger.budget(footprint.of_machine(self._host.platform), self._config)
+            self._budget = ledger.budget(self._host.meter.machine(), self._config)
         kv = account.need - account.prediction.idle if account.prediction is not None else 0
         settled = account.settled + kv if account.settled else 0
         return ledger.worker_limit(account.need, settled, self._budget, self._config)
@@ -107,7 +107,7 @@ class Admission:
     def check_restart(self, managed: Managed) -> None:
         """Raise `NoRoomError` if the next process of a model would not fit in the place of the present one."""
         account = managed.account
-        machine = footprint.of_machine(self._host.platform)
+        machine = self._host.meter.machine()
         if account.prediction is None or not managed.slot.pid or machine.available is None:
             return
         back = machine.available + (managed.memory_bytes or 0)
@@ -146,7 +146,7 @@ class Admission:
     def _plan(self, model: str, prediction: Prediction) -> Plan:
         return ledger.plan(
             prediction.need,
-            footprint.of_machine(self._host.platform),
+            self._host.meter.machine(),
             self.uses(without=model, waiting=True),
             self._config,
             now=time.monotonic(),
@@ -162,7 +162,7 @@ class Admission:
         # What a process had comes back a moment after its end.
         until = time.monotonic() + self._host.config.lifecycle.reclaim_s
         while time.monotonic() < until:
-            machine = footprint.of_machine(self._host.platform)
+            machine = self._host.meter.machine()
             room = ledger.free(machine, self.uses(without=model), self._config)
             if room is not None and room >= found.need:
                 return
@@ -205,7 +205,7 @@ class Admission:
         words = self.closed()
         found = ledger.plan(
             account.need,
-            footprint.of_machine(self._host.platform),
+            self._host.meter.machine(),
             self.uses(without=managed.model),
             self._config,
             now=now,

@@ -18,12 +18,13 @@ from protocol.messages import MalformedMessageError
 from protocol.paths import Home
 from protocol.states import ModelState, Phase
 from supervisor import events as ev
-from supervisor import footprint, reclaim
 from supervisor import lifecycle as life
+from supervisor import reclaim
 from supervisor.breaker import Breaker, after_failure, after_start, start_allowed_at
 from supervisor.children import Child
 from supervisor.crashes import BlackBox, CrashRecord, CrashStore, crash_id, stacks_in, versions
 from supervisor.exits import ExitRecord, classify, record
+from supervisor.footprint import Meter
 from supervisor.guard import Guard
 from supervisor.journal import Journal
 from supervisor.launch import SPARE, Launcher
@@ -59,6 +60,7 @@ class Host:
         #: While True nothing is started: processes of an earlier supervisor may still introduce themselves.
         self.holding = True
         self.guard = Guard()
+        self.meter = Meter(platform, self.guard)
         self._changed = changed
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0
@@ -399,7 +401,7 @@ class Host:
         debt = managed.owed
         if debt is None:
             return True
-        available = footprint.available(self.platform)
+        available = self.meter.available()
         verdict = reclaim.judge(debt, available, now, self.config.lifecycle.reclaim_s)
         if verdict is reclaim.Verdict.BLOCK and available is not None:
             if not managed.blocked:

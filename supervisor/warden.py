@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from protocol import control
 from protocol.states import ModelState, Phase
-from supervisor import enforcement, footprint, ledger
+from supervisor import enforcement, ledger
 from supervisor import events as ev
 from supervisor.admission import Admission
 from supervisor.enforcement import Order, Whole
@@ -40,8 +40,8 @@ class Warden:
         self._changed = changed
         self._config = host.config.memory
         self._whole = Whole()
-        self._machine = footprint.of_machine(host.platform)
-        self._pressure: Pressure | None = footprint.pressure(host.platform)
+        self._machine = host.meter.machine()
+        self._pressure: Pressure | None = host.meter.pressure()
         self._weighed_at: dict[str, float] = {}
         admission.closed = self._closed
 
@@ -81,7 +81,7 @@ class Warden:
 
     def _weigh(self, managed: Managed, now: float) -> None:
         pid = managed.slot.pid
-        found = footprint.of_process(self._host.platform, pid) if pid else None
+        found = self._host.meter.process(pid) if pid else None
         before, managed.memory_bytes = managed.slot.footprint, found
         due = now - self._weighed_at.get(managed.name, 0.0) >= _WEIGH_S
         if pid and due:
@@ -220,8 +220,8 @@ class Warden:
     # -- the machine ----------------------------------------------------------------------------------------------
 
     def _look_at_machine(self, now: float) -> None:
-        platform, before = self._host.platform, self._whole
-        self._machine, self._pressure = footprint.of_machine(platform), footprint.pressure(platform)
+        meter, before = self._host.meter, self._whole
+        self._machine, self._pressure = meter.machine(), meter.pressure()
         used = self._machine.used_share
         self._whole, dire = enforcement.whole(before, used, self._pressure, self._config, now)
         if self._whole.shedding != before.shedding:
