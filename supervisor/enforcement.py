@@ -73,7 +73,7 @@ def watch(
     )
     if seen.over >= _FACT:
         return seen, Order.END
-    if seen.hard >= _FACT:
+    if seen.hard >= _FACT and not seen.over:  # else the next sample decides
         return seen, Order.REPLACE
     if seen.closed and seen.low >= _FACT:
         return msgspec.structs.replace(seen, closed=False), Order.ADMIT

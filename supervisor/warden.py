@@ -25,8 +25,9 @@ _SETTLE_S: Final = 2.0
 _TELL_S: Final = 1.0
 _CLOSE_S: Final = 5.0
 #: Between its last words to its gateway and the end of a process that is ended for its memory.
-_LAST_WORDS_S: Final = 0.3
-_WATCHED: Final = frozenset({ModelState.LOADING, ModelState.WARMING, ModelState.READY})
+_LAST_WORDS_S: Final = 0.6
+#: One that is drained may still grow.
+_WATCHED: Final = frozenset({ModelState.LOADING, ModelState.WARMING, ModelState.READY, ModelState.DRAINING})
 _BUSY: Final = frozenset({Phase.PREFILL, Phase.DECODE})
 
 

@@ -38,6 +38,8 @@ N, EASE, ADMIT, REPLACE, END = Order.NOTHING, Order.EASE, Order.ADMIT, Order.REP
         ([950, 950], [N, REPLACE]),
         ([950, 900, 950, 950], [N, EASE, N, REPLACE]),
         ([1050, 1050], [N, END]),
+        ([960, 1050, 1050], [N, EASE, END]),
+        ([960, 1050, 960, 960], [N, EASE, REPLACE, REPLACE]),
         ([9999, 9999], [N, END]),
         ([1050, 0, 1050], [N, N, N]),
     ],
