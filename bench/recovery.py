@@ -1,12 +1,30 @@
-"""How fast a death is seen and made good, from the supervisor's own journal. Used by `bench/overhead.py`."""
+"""How fast a death is seen and made good, from the supervisor's own journal.
 
+`bench/overhead.py` uses it for its last table. Alone, `python bench/recovery.py`, it compares a model's recovery with
+the warm spare and without: two supervisors in one session on the same model folder, killed in turns, so that a noisy
+machine disturbs both. The table goes to stdout, progress to stderr.
+"""
+
+import argparse
+import json
 import os
+import shutil
 import signal
+import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Final
 
 from tests.harness import Lmx
+from tests.modelkit import make_tiny_model
+
+MODEL: Final = "bench"
+#: What the issue allows on top of the plain load time of the model in a warm process.
+ALLOWED_S: Final = 0.5
 
 #: Every restart is at once, as if the process had served for long: the delay is a setting, not a cost.
 AT_ONCE = {
@@ -79,3 +97,68 @@ def _next_life(lmx: Lmx, pid: int, changed: str) -> tuple[float, float]:
         if entry["event"] == changed and entry["state"] == "ready" and entry["pid"] == started["pid"]
     )
     return started["ts"], ready["ts"]
+
+
+# -- with and without the spare -----------------------------------------------------------------------------------
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="A model's recovery with the warm spare and without, as a ratio.")
+    parser.add_argument("--model", type=Path, help="an MLX model folder (default: a tiny random model)")
+    parser.add_argument("--kills", type=int, default=7, help="of each of the two (default: 7)")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left running
+    work = Path(tempfile.mkdtemp(prefix="lmx-bench-", dir="/tmp"))
+    hosts = {"with": Lmx(**AT_ONCE, LMX_WORKER__SPARE="true"), "without": Lmx(**AT_ONCE, LMX_WORKER__SPARE="false")}
+    try:
+        folder = args.model or make_tiny_model(work / "tiny")
+        for lmx in hosts.values():
+            lmx.start()
+            lmx.load(folder, MODEL)
+        found: dict[str, list[tuple[float, float]]] = {"with": [], "without": []}
+        for number in range(args.kills):
+            print(f"kill {number + 1}/{args.kills}", file=sys.stderr)
+            for name in ("with", "without") if number % 2 else ("without", "with"):
+                found[name].append(_recover(hosts[name], spare=name == "with"))
+    finally:
+        for lmx in hosts.values():
+            lmx.close()
+        shutil.rmtree(work, ignore_errors=True)
+    print(spare_table(found))
+    return 0
+
+
+def _recover(lmx: Lmx, *, spare: bool) -> tuple[float, float]:
+    """Kill the model; return seconds until it was ready again, and of those what its load took."""
+    if spare:
+        lmx.wait_status(lambda doc: doc["spare"]["state"] == "ready")
+    time.sleep(_REST_S)
+    pid = lmx.wait_model(MODEL)
+    at = time.time()
+    os.kill(pid, signal.SIGKILL)
+    lmx.wait_model(MODEL, other_than=_incarnation(lmx, pid))
+    _, ready = _next_life(lmx, pid, "model_readiness_changed")
+    lines = [json.loads(line) for file in (lmx.home / "logs").glob(f"{MODEL}-*.log") for line in file.open()]
+    loads = [line["load_s"] for line in lines if line["event"] == "worker_ready"]
+    return ready - at, float(loads[-1])
+
+
+def spare_table(found: dict[str, list[tuple[float, float]]]) -> str:
+    """Return the Markdown table of (recovery, load) seconds by "with" and "without"."""
+    rows = ["| spare | SIGKILL to ready again, median s | lowest to highest | load, median s |", "|---|---|---|---|"]
+    for name, measured in found.items():
+        took = [seconds for seconds, _ in measured]
+        load = median(seconds for _, seconds in measured)
+        rows.append(f"| {name} | {median(took):.2f} | {min(took):.2f} to {max(took):.2f} | {load:.2f} |")
+    ready = {name: median(seconds for seconds, _ in measured) for name, measured in found.items()}
+    beyond = median(seconds - load for seconds, load in found["with"])
+    words = (
+        f"With the spare it takes **{ready['with'] / ready['without']:.2f}** of the time without, over "
+        f"{len(found['with'])} kills each. Beyond the load itself it takes {beyond:.2f} s with the spare "
+        f"(median; allowed: {ALLOWED_S} s)."
+    )
+    return "\n".join([*rows, "", words])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

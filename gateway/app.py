@@ -8,13 +8,19 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from gateway.calls import Calls
 from gateway.catalog import CatalogView
 from gateway.chat import ChatCompletions
+from gateway.completions import Completions
 from gateway.context import context_of
+from gateway.embeddings import Embeddings
 from gateway.health import Healthz, Readyz
 from gateway.middleware import ErrorBoundary, PathMiddleware, RequestIdMiddleware
 from gateway.models import Model, Models
+from gateway.openapi import OpenApi
 from gateway.pool import WorkerPool
+from gateway.rerank import Rerank
+from gateway.tokenize import Detokenize, Tokenize
 from gateway.traffic import Traffic
 from protocol.config import GatewayConfig
 from protocol.errors import LmxError
@@ -22,11 +28,18 @@ from protocol.errors import LmxError
 
 def build_app(config: GatewayConfig, catalog: CatalogView, pool: WorkerPool, traffic: Traffic) -> ASGIApp:
     """Return the ASGI application. Paths are written without `/v1`; `PathMiddleware` accepts both."""
+    calls = Calls(config, catalog, pool, traffic)
     app = Starlette(
         routes=[
-            Route("/chat/completions", ChatCompletions(config, catalog, pool, traffic), methods=["POST"]),
+            Route("/chat/completions", ChatCompletions(calls), methods=["POST"]),
+            Route("/completions", Completions(calls), methods=["POST"]),
+            Route("/embeddings", Embeddings(calls), methods=["POST"]),
+            Route("/rerank", Rerank(calls), methods=["POST"]),
+            Route("/tokenize", Tokenize(calls), methods=["POST"]),
+            Route("/detokenize", Detokenize(calls), methods=["POST"]),
             Route("/models", Models(catalog), methods=["GET"]),
             Route("/models/{id:path}", Model(catalog), methods=["GET"]),
+            Route("/openapi.json", OpenApi(), methods=["GET"]),
             Route("/healthz", Healthz(), methods=["GET"]),
             Route("/readyz", Readyz(catalog, traffic), methods=["GET"]),
         ],

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from gateway.validate import shorten
+from gateway.decode import shorten
 from protocol.control import Catalog, CatalogModel
 from protocol.errors import LmxError, from_peer
 from protocol.states import ModelState

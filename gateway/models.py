@@ -5,7 +5,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.catalog import CatalogView
 from gateway.errors import send_json
-from gateway.schemas import ModelCard, ModelList
+from gateway.responses import ModelCard, ModelList
 from protocol.control import CatalogModel
 
 

@@ -1,26 +1,42 @@
-"""One generation request: what its workers said so far, and the single task that waits for more.
+"""One request to a model: what its workers said so far, for the single task that answers the client.
 
-The link calls `accept`, `add` and `fail` as frames arrive; the HTTP handler awaits `changed` and takes. Between them is
-a slot that merges, not a queue: however slow the client, a request is one text and a few flags. It outlives the process
-that works on it: with the tokens it has, the next process goes on.
+The link calls `accept`, `add` and `fail` as frames arrive; the HTTP handler waits for the bell and takes. Between them
+is a slot that merges, not a queue: however slow the client, a request is one text and a few flags. It outlives the
+process that works on it: with the tokens it has, the next process goes on.
 """
 
-import asyncio
 import secrets
 import time
-from collections.abc import Callable
 from enum import Enum, auto
 from functools import cached_property
 from typing import Final, Protocol
 
+import msgspec
+
+from gateway.bell import Bell
 from gateway.quarantine import digest_of
-from protocol.data import Delta, Embedded, Finish, Ranked, Resume, Submit, Tokenized, Usage
+from protocol.data import (
+    Delta,
+    Embedded,
+    Finish,
+    Kind,
+    Ranked,
+    Resume,
+    Submit,
+    Tokenized,
+    TokenLogprob,
+    ToolDelta,
+    Usage,
+)
 from protocol.errors import LmxError
 
 _EPOCH_BITS: Final = 31
 _COUNTER_BITS: Final = 32
 #: A worker gets at least this long, so that it and not we name the reason for being late.
 _MIN_DEADLINE_S: Final = 0.001
+#: What a logprob and a piece of a tool call hold besides their texts, roughly.
+_LOGPROB_BYTES: Final = 32
+_TOOL_BYTES: Final = 64
 
 
 class Rids:
@@ -56,16 +72,32 @@ class RequestOwner(Protocol):
         """It has `mark` tokens."""
 
 
+class Extras(msgspec.Struct):
+    """What an answer gained besides text. The order between the kinds does not matter to any client."""
+
+    reasoning: list[str] = []
+    tool_calls: list[ToolDelta] = []
+    logprobs: list[TokenLogprob] = []
+
+
 class Request:
     """A request of one client. `submit` is what every process is asked for; `deadline_at` is of `time.monotonic`.
 
-    `limit` bounds the bytes of text that wait here. A stream (`streams`) may exceed it while its task is merely about
-    to run; `blocked` says that the task is stuck in a write to the client. A whole answer is only taken at its end.
-    `continues` says whether it goes on in the next process if its own ends.
+    `bell` wakes the task that answers the client. `limit` bounds the bytes that wait here. A stream (`streams`) may
+    exceed it while its task is merely about to run, not while the bell is `blocked`. A whole answer is only taken at
+    its end. `continues` says whether it goes on in the next process if its own ends.
     """
 
     def __init__(
-        self, model: str, submit: Submit, *, limit: int, streams: bool, continues: bool, deadline_at: float
+        self,
+        model: str,
+        submit: Submit,
+        bell: "Bell[Request]",
+        *,
+        limit: int,
+        streams: bool,
+        continues: bool,
+        deadline_at: float,
     ) -> None:
         self.model = model
         self.rid = submit.rid
@@ -91,19 +123,16 @@ class Request:
         self.owner: RequestOwner | None = None
         #: `time.monotonic()` of the first text.
         self.first_text_at: float | None = None
-        self.client_gone = False
-        self.blocked = not streams
-        #: Called once when the limit is exceeded.
-        self.on_overflow: Callable[[], None] | None = None
+        self.rung = False
+        #: What `take_extras` would return.
+        self.extras: Extras | None = None
         self._submit = submit
+        self._bell = bell
         self._deadline_at = deadline_at
         self._streams = streams
         self._limit = limit
         self._texts: list[str] = []
         self._unsent = 0
-        self._dirty = False
-        self._waiter: asyncio.Future[None] | None = None
-        self._loop = asyncio.get_running_loop()
 
     # -- what the desk does with it -----------------------------------------------------------------------------
 
@@ -111,6 +140,11 @@ class Request:
     def digest(self) -> bytes:
         """What identifies the request should it end its process. Made on demand: few ever are in a crash."""
         return digest_of(self.model, self._submit)
+
+    @property
+    def kind(self) -> Kind:
+        """What it asks for."""
+        return self._submit.kind
 
     @property
     def trace(self) -> str:
@@ -179,11 +213,13 @@ class Request:
                 self.first_text_at = time.monotonic()
             self._texts.append(text)
             self._unsent += len(text) if text.isascii() else len(text.encode())
+        if delta.logprobs or delta.reasoning or delta.tool_calls:
+            self._add_extras(delta)
         if delta.finish is not None:
             self.finish = delta.finish
             self.usage = delta.usage
             self._end(RequestState.FINISHED)
-        elif self._unsent > self._limit and self.blocked:
+        elif self._unsent > self._limit and self._bell.blocked:
             self._overflow()
         elif self.mark is not None and len(self.tokens) >= self.mark:
             self.mark = None
@@ -216,29 +252,28 @@ class Request:
         if self.owner is not None:
             self.owner.on_end(self)
 
+    def _add_extras(self, delta: Delta) -> None:
+        self.state = RequestState.STREAMING
+        if self.first_text_at is None:
+            self.first_text_at = time.monotonic()
+        if self.extras is None:
+            self.extras = Extras()
+        extras = self.extras
+        if delta.reasoning:
+            extras.reasoning.append(delta.reasoning)
+            self._unsent += len(delta.reasoning.encode())
+        for call in delta.tool_calls:
+            extras.tool_calls.append(call)
+            self._unsent += _TOOL_BYTES + len(call.arguments.encode())
+        for logprob in delta.logprobs:
+            extras.logprobs.append(logprob)
+            self._unsent += _LOGPROB_BYTES * (1 + len(logprob.top))
+
     # -- what the handler does ----------------------------------------------------------------------------------
 
-    def leave(self) -> None:
-        """The client has closed its connection."""
-        self.client_gone = True
-        self.wake()
-
     def wake(self) -> None:
-        """Let `changed` return."""
-        self._dirty = True
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
-
-    async def changed(self) -> None:
-        """Wait until something happened since the last call returned. For one task only."""
-        if not self._dirty:
-            self._waiter = self._loop.create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        self._dirty = False
+        """Tell the handler that there is something new."""
+        self._bell.ring(self)
 
     def take(self) -> str:
         """Return the text that has arrived since the last call, and forget it."""
@@ -247,12 +282,18 @@ class Request:
         self._unsent = 0
         return text
 
+    def take_extras(self) -> Extras:
+        """Return what else has arrived since the last call, and forget it."""
+        extras, self.extras = self.extras, None
+        return Extras() if extras is None else extras
+
     def _overflow(self) -> None:
         self._texts.clear()
+        self.extras = None
         if not self._streams:
             self.fail(LmxError("protocol_error", f"The answer is longer than {self._limit} bytes."))
             return
         self._end(RequestState.FAILED)
-        self.leave()
-        if self.on_overflow is not None:
-            self.on_overflow()
+        self._bell.leave()
+        if self._bell.on_overflow is not None:
+            self._bell.on_overflow()

@@ -1,4 +1,4 @@
-"""Server-sent events, and the chunks of a chat stream.
+"""Server-sent events.
 
 Only `data:`, `event: error` and comments are ever written. Never `id:`: openai-python then takes each comment for an
 empty event and fails.
@@ -7,8 +7,6 @@ empty event and fails.
 from typing import Any, Final
 
 import msgspec
-
-from gateway.schemas import CompletionUsage
 
 #: Sent while nothing else is, so that proxies and clients keep the connection.
 KEEPALIVE: Final = b": keepalive\n\n"
@@ -38,41 +36,3 @@ def json_line(value: Any) -> bytes:
             if char in data:
                 data = data.replace(char, escaped)
     return data
-
-
-class ChunkWriter:
-    """Writes the chunks of one stream. What they have in common is encoded once."""
-
-    def __init__(self, answer_id: str, created: int, model: str, fingerprint: str, *, include_usage: bool) -> None:
-        common: dict[str, Any] = {
-            "id": answer_id,
-            "object": "chat.completion.chunk",
-            "created": created,
-            "model": model,
-            "system_fingerprint": fingerprint,
-        }
-        self._common = json_line(common)[:-1]
-        #: OpenAI puts a null on every chunk but the last when usage was asked for, and nothing when it was not.
-        self._no_usage = b',"usage":null' if include_usage else b""
-        self._content_head = self._common + b',"choices":[{"index":0,"delta":{"content":'
-        self._content_tail = b'},"logprobs":null,"finish_reason":null}]' + self._no_usage + b"}"
-
-    def role(self) -> bytes:
-        """Return the first chunk."""
-        return self._chunk(b'{"role":"assistant","content":""}', b"null")
-
-    def content(self, text: str) -> bytes:
-        """Return a chunk with some of the answer: the one that matters for speed."""
-        return frame(self._content_head + json_line(text) + self._content_tail)
-
-    def finish(self, reason: str) -> bytes:
-        """Return the chunk that says why the answer ended."""
-        return self._chunk(b"{}", _encode(reason))
-
-    def usage(self, usage: CompletionUsage) -> bytes:
-        """Return the chunk with the token counts."""
-        return frame(self._common + b',"choices":[],"usage":' + _encode(usage) + b"}")
-
-    def _chunk(self, delta: bytes, finish: bytes) -> bytes:
-        choice = b',"choices":[{"index":0,"delta":%b,"logprobs":null,"finish_reason":%b}]' % (delta, finish)
-        return frame(self._common + choice + self._no_usage + b"}")

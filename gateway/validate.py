@@ -1,29 +1,31 @@
 """From the bytes of a request to something a worker can be given, or to a 400 that names the field."""
 
-import re
-from typing import Any, Final, TypeVar
+from typing import Final
 
 import msgspec
 
-from gateway.parameters import refuse_unsupported, unknown_names
-from gateway.schemas import ChatRequest, Message
+from gateway.decode import bad, missing, read
+from gateway.messages import conversation
+from gateway.parameters import CHAT, COMPLETION, DETOKENIZE, TOKENIZE, settle
+from gateway.sampling import MAX_TOKEN_ID, MAX_TOP_LOGPROBS, choices, sampling, stream_usage, whole_number
+from gateway.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from gateway.tools import definitions, options, template_args
 from protocol.config import GatewayConfig
-from protocol.data import ChatMessage, Sampling
-from protocol.errors import LmxError
-
-_ROLES: Final = frozenset({"system", "developer", "user", "assistant"})
-_UNSUPPORTED_ROLES: Final = frozenset({"tool", "function"})
-_INT64: Final = 2**63
-_MAX_STOPS: Final = 4
-_MAX_STOP_CHARS: Final = 1024
-_MAX_NAME_CHARS: Final = 256
-#: msgspec puts the path of the offending field at the end of its message.
-_PATH: Final = re.compile(r"^(?P<text>.*?)(?: - at `\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)
-_MISSING: Final = re.compile(r"missing required field `(?P<field>\w+)`")
+from protocol.data import ChatMessage, ChatOptions, Sampling
 
 _CHAT: Final = msgspec.json.Decoder(ChatRequest)
-_FIELDS: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
-T = TypeVar("T")
+_COMPLETION: Final = msgspec.json.Decoder(CompletionRequest)
+_TOKENIZE: Final = msgspec.json.Decoder(TokenizeRequest)
+_DETOKENIZE: Final = msgspec.json.Decoder(DetokenizeRequest)
+MAX_PROMPTS: Final = 128
+#: Prompts times answers for each.
+MAX_ANSWERS: Final = 512
+MAX_BEST_OF: Final = 20
+MAX_LEGACY_LOGPROBS: Final = 5
+#: OpenAI's, for `/v1/completions` alone.
+DEFAULT_COMPLETION_TOKENS: Final = 16
+#: Tokens that may be turned back into text at once: eight times the longest context of today's small models.
+MAX_DETOKENIZE: Final = 1_048_576
 
 
 class ChatCall(msgspec.Struct):
@@ -32,166 +34,170 @@ class ChatCall(msgspec.Struct):
     model: str
     messages: list[ChatMessage]
     sampling: Sampling
+    options: ChatOptions
+    n: int
     stream: bool
     include_usage: bool
     #: Names of fields that nobody here knows, for the `X-LMX-Ignored` header.
     ignored: list[str]
 
 
+class CompletionCall(msgspec.Struct):
+    """A completion request that has passed every check. `best_of` answers are made for each prompt, `n` shown."""
+
+    model: str
+    prompts: list[str | list[int]]
+    sampling: Sampling
+    n: int
+    best_of: int
+    echo: bool
+    #: Whether log probabilities were asked for, rather than needed to find the best answers.
+    logprobs: bool
+    stream: bool
+    include_usage: bool
+    ignored: list[str]
+
+
+class TokenizeCall(msgspec.Struct):
+    """A request for the tokens of a text, or of a conversation when `prompt` is None."""
+
+    model: str
+    prompt: str | None
+    messages: list[ChatMessage]
+    options: ChatOptions
+    ignored: list[str]
+
+
+class DetokenizeCall(msgspec.Struct):
+    """A request for the text of tokens."""
+
+    model: str
+    tokens: list[int]
+    ignored: list[str]
+
+
 def parse_chat(body: bytes, config: GatewayConfig) -> ChatCall:
     """Return the call in `body`; raise `LmxError` with a 400 code for anything that is not one."""
-    _check_utf8(body)
-    fields = _decode(_FIELDS, body)
-    request = _decode(_CHAT, body)
-    if not request.model:
-        raise _bad("model", "must not be empty")
-    refuse_unsupported(fields)
-    stream = request.stream or False
-    options = request.stream_options
-    if options is not None and not stream:
-        raise _bad("stream_options", "is only allowed with 'stream': true")
+    fields, request = read(body, _CHAT)
+    _check_model(request.model)
+    ignored = settle(CHAT, fields, strict=config.strict)
     return ChatCall(
         model=request.model,
-        messages=_messages(request.messages, config.max_messages),
-        sampling=_sampling(request, config),
+        messages=conversation(request.messages, config.max_messages),
+        sampling=sampling(
+            request, config, max_tokens=_chat_max_tokens(request, config), logprobs=_chat_logprobs(request)
+        ),
+        options=options(request, fields, config),
+        n=choices(request),
+        stream=request.stream or False,
+        include_usage=stream_usage(request),
+        ignored=ignored,
+    )
+
+
+def parse_completion(body: bytes, config: GatewayConfig) -> CompletionCall:
+    """The same for a completion."""
+    fields, request = read(body, _COMPLETION)
+    _check_model(request.model)
+    ignored = settle(COMPLETION, fields, strict=config.strict)
+    prompts = _prompts(request.prompt)
+    n = choices(request)
+    best_of = whole_number(request.best_of, "best_of", n, MAX_BEST_OF, n)
+    if len(prompts) * best_of > MAX_ANSWERS:
+        raise bad("prompt", f"times the number of answers to each may be at most {MAX_ANSWERS}")
+    stream, echo = request.stream or False, request.echo or False
+    if stream and best_of > n:
+        raise bad("best_of", "must not be above 'n' in a stream: the best is known at the end")
+    max_tokens = whole_number(
+        request.max_tokens, "max_tokens", int(not echo), config.max_tokens_limit, DEFAULT_COMPLETION_TOKENS
+    )
+    top = None if request.logprobs is None else whole_number(request.logprobs, "logprobs", 0, MAX_LEGACY_LOGPROBS, 0)
+    return CompletionCall(
+        model=request.model,
+        prompts=prompts,
+        sampling=sampling(request, config, max_tokens=max_tokens, logprobs=0 if top is None and best_of > n else top),
+        n=n,
+        best_of=best_of,
+        echo=echo,
+        logprobs=top is not None,
         stream=stream,
-        include_usage=options is not None and options.include_usage is True,
-        ignored=unknown_names(fields),
+        include_usage=stream_usage(request),
+        ignored=ignored,
     )
 
 
-def _sampling(request: ChatRequest, config: GatewayConfig) -> Sampling:
-    temperature = config.default_temperature if request.temperature is None else request.temperature
-    if not 0 <= temperature <= 2:
-        raise _bad("temperature", "must be between 0 and 2")
-    top_p = 1.0 if request.top_p is None else request.top_p
-    if not 0 < top_p <= 1:
-        raise _bad("top_p", "must be above 0 and at most 1")
-    if request.seed is not None and not -_INT64 <= request.seed < _INT64:
-        raise _bad("seed", "must fit into 64 bits")
-    return Sampling(
-        max_tokens=_max_tokens(request, config.max_tokens_limit),
-        temperature=temperature,
-        top_p=top_p,
-        seed=request.seed,
-        stop=_stops(request.stop),
-    )
+def parse_tokenize(body: bytes, config: GatewayConfig) -> TokenizeCall:
+    """The same for a text or conversation whose tokens are wanted."""
+    fields, request = read(body, _TOKENIZE)
+    _check_model(request.model)
+    ignored = settle(TOKENIZE, fields, strict=config.strict)
+    if (request.prompt is None) is (request.messages is None):
+        raise missing("prompt") if request.prompt is None else bad("prompt", "and 'messages' exclude each other")
+    messages = [] if request.messages is None else conversation(request.messages, config.max_messages)
+    made = ChatOptions(tools=definitions(request.tools, fields), template_args=template_args(fields))
+    return TokenizeCall(request.model, request.prompt, messages, made, ignored)
 
 
-def _max_tokens(request: ChatRequest, limit: int) -> int | None:
-    given = {
-        name: value
-        for name, value in (
-            ("max_tokens", request.max_tokens),
-            ("max_completion_tokens", request.max_completion_tokens),
-        )
-        if value is not None
-    }
+def parse_detokenize(body: bytes, config: GatewayConfig) -> DetokenizeCall:
+    """The same for tokens whose text is wanted."""
+    fields, request = read(body, _DETOKENIZE)
+    _check_model(request.model)
+    ignored = settle(DETOKENIZE, fields, strict=config.strict)
+    if len(request.tokens) > MAX_DETOKENIZE:
+        raise bad("tokens", f"may hold at most {MAX_DETOKENIZE} tokens")
+    _check_tokens(request.tokens, "tokens")
+    return DetokenizeCall(request.model, request.tokens, ignored)
+
+
+def _check_model(model: str) -> None:
+    if not model:
+        raise bad("model", "must not be empty")
+
+
+def _chat_max_tokens(request: ChatRequest, config: GatewayConfig) -> int | None:
+    limit = config.max_tokens_limit
+    names = ("max_tokens", "max_completion_tokens")
+    given = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
     for name, value in given.items():
-        if not 1 <= value <= limit:
-            raise _bad(name, f"must be between 1 and {limit}")
+        whole_number(value, name, 1, limit, 1)
     if len(set(given.values())) > 1:
-        raise _bad("max_tokens", "differs from 'max_completion_tokens', which replaces it; send one of them")
+        raise bad("max_tokens", "differs from 'max_completion_tokens', which replaces it; send one of them")
     return next(iter(given.values()), None)
 
 
-def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
-    if stop is None:
-        return ()
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if len(stops) > _MAX_STOPS:
-        raise _bad("stop", f"may hold at most {_MAX_STOPS} strings")
-    for index, text in enumerate(stops):
-        name = "stop" if isinstance(stop, str) else f"stop[{index}]"
-        if not 1 <= len(text) <= _MAX_STOP_CHARS:
-            raise _bad(name, f"must have 1 to {_MAX_STOP_CHARS} characters")
-    return stops
+def _chat_logprobs(request: ChatRequest) -> int | None:
+    top = whole_number(request.top_logprobs, "top_logprobs", 0, MAX_TOP_LOGPROBS, 0)
+    if top and not request.logprobs:
+        raise bad("top_logprobs", "is only allowed with 'logprobs': true")
+    return top if request.logprobs else None
 
 
-def _messages(messages: list[Message], limit: int) -> list[ChatMessage]:
-    if not messages:
-        raise _bad("messages", "must not be empty")
-    if len(messages) > limit:
-        raise _bad("messages", f"may hold at most {limit} messages")
-    return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+def _prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
+    """Return each prompt, a text or tokens. A list of numbers is one prompt."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise bad("prompt", "must not be empty")
+    tokens = [item for item in prompt if isinstance(item, int)]
+    if tokens:
+        if len(tokens) != len(prompt):
+            raise bad("prompt", "must not mix tokens with prompts")
+        _check_tokens(tokens, "prompt")
+        return [tokens]
+    if len(prompt) > MAX_PROMPTS:
+        raise bad("prompt", f"may hold at most {MAX_PROMPTS} prompts")
+    found: list[str | list[int]] = []
+    for index, item in enumerate(prompt):
+        if isinstance(item, list):
+            if not item:
+                raise bad(f"prompt[{index}]", "must not be empty")
+            _check_tokens(item, f"prompt[{index}]")
+            found.append(item)
+        elif isinstance(item, str):
+            found.append(item)
+    return found
 
 
-def _message(message: Message, where: str) -> ChatMessage:
-    if message.role in _UNSUPPORTED_ROLES:
-        raise _unsupported(f"{where}.role", f"The role '{message.role}' is not supported by this server.")
-    if message.role not in _ROLES:
-        raise _bad(f"{where}.role", "must be system, developer, user or assistant")
-    for name in ("tool_calls", "function_call", "audio"):
-        if getattr(message, name):
-            raise _unsupported(f"{where}.{name}", f"'{name}' in a message is not supported by this server.")
-    if message.name is not None and len(message.name) > _MAX_NAME_CHARS:
-        raise _bad(f"{where}.name", f"must have at most {_MAX_NAME_CHARS} characters")
-    return ChatMessage(role=message.role, content=_content(message, where), name=message.name)
-
-
-def _content(message: Message, where: str) -> str:
-    content = message.content
-    if isinstance(content, str):
-        return content
-    if content is None:
-        if message.role == "assistant":
-            return ""
-        raise LmxError("missing_field", f"'{where}.content' is missing.", param=f"{where}.content")
-    texts: list[str] = []
-    for index, part in enumerate(content):
-        at = f"{where}.content[{index}]"
-        if part.type != "text":
-            raise _unsupported(f"{at}.type", "Only content parts of type 'text' are supported by this server.")
-        if part.text is None:
-            raise LmxError("missing_field", f"'{at}.text' is missing.", param=f"{at}.text")
-        texts.append(part.text)
-    return "".join(texts)
-
-
-def _check_utf8(body: bytes) -> None:
-    """Refuse other bytes also where no decoder would look: msgspec skips what it does not need."""
-    try:
-        body.decode()
-    except UnicodeDecodeError as error:
-        raise LmxError("invalid_json", f"The body is not UTF-8: see byte {error.start}.") from None
-
-
-def _decode(decoder: "msgspec.json.Decoder[T]", body: bytes) -> T:
-    try:
-        return decoder.decode(body)
-    except msgspec.ValidationError as error:
-        raise _from_validation(str(error)) from None
-    except msgspec.DecodeError as error:
-        # msgspec's texts name positions and kinds, never content.
-        reason = "it ends too early, or holds half a surrogate pair" if "truncated" in str(error) else str(error)
-        raise LmxError("invalid_json", f"The body is not valid JSON: {reason}.") from None
-    except RecursionError:
-        raise LmxError("invalid_json", "The body is nested too deeply.") from None
-
-
-def _from_validation(text: str) -> LmxError:
-    found = _PATH.match(text)
-    assert found is not None, "the pattern matches every text"
-    reason, path = found["text"], found["path"]
-    missing = _MISSING.search(reason)
-    if missing:
-        param = f"{path}.{missing['field']}" if path else missing["field"]
-        return LmxError("missing_field", f"'{param}' is missing.", param=param)
-    code = "invalid_value" if "out of range" in reason else "invalid_type"
-    subject = f"'{path}'" if path else "The body"
-    return LmxError(code, f"{subject}: {reason}.", param=path or None)
-
-
-def _bad(param: str, rule: str) -> LmxError:
-    return LmxError("invalid_value", f"'{param}' {rule}.", param=param)
-
-
-def _unsupported(param: str, text: str) -> LmxError:
-    return LmxError("unsupported_parameter", text, param=param)
-
-
-def shorten(value: Any, limit: int = 100) -> str:
-    """Return a client's name for something, safe to repeat in a message or a log."""
-    text = str(value)
-    text = "".join(char if char.isprintable() else "?" for char in text[: limit + 1])
-    return text if len(text) <= limit else text[:limit] + "…"
+def _check_tokens(tokens: list[int], where: str) -> None:
+    if tokens and not (min(tokens) >= 0 and max(tokens) <= MAX_TOKEN_ID):
+        raise bad(where, f"must hold token ids, 0 to {MAX_TOKEN_ID}")

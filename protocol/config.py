@@ -35,6 +35,13 @@ class GatewayConfig(_Section, frozen=True):
     max_tokens_limit: Count = 32_768
     default_temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] = 0.7
     chat_timeout_s: Seconds = 900.0
+    completion_timeout_s: Seconds = 600.0
+    #: Also of rerank, tokenize and detokenize: whatever is answered with one message.
+    embedding_timeout_s: Seconds = 120.0
+    #: Whether a field that nobody here knows is refused, rather than named in a header.
+    strict: bool = False
+    #: What happens to a conversation longer than the context, unless the request says.
+    truncation: Literal["none", "oldest"] = "none"
     #: Silence on a stream after which a comment keeps the connection alive.
     keepalive_s: Seconds = 5.0
     #: What happens to a request whose model's process ends: go on in the next one, or fail. `X-LMX-On-Crash` overrides.

@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from protocol.encoder import Encoder, EncoderError, read_encoder
 from protocol.safetensors import SafetensorsError, read_safetensors_header
 
 #: Bounds of what is read. Real files: config 2 kB, index 0.3 MB, tokenizer_config (with its template) 0.1 MB.
@@ -65,6 +66,8 @@ class ModelFolder(msgspec.Struct, frozen=True):
     has_chat_template: bool
     #: Names in the folder, sorted.
     weight_files: tuple[str, ...]
+    #: None for a model that generates text.
+    encoder: Encoder | None = None
 
 
 def inspect_model_folder(path: Path) -> ModelFolder:
@@ -100,6 +103,10 @@ def _inspect(path: Path) -> ModelFolder:
     weight_files = _find_weights(path, files)
     tensor_count, weight_bytes = _check_weights(path, files, weight_files)
     _check_tokenizer(path, files)
+    try:
+        encoder = read_encoder(path, config, files)
+    except EncoderError as error:
+        raise ModelFolderError("unsupported", str(error)) from None
     quantization = config.get("quantization")
     return ModelFolder(
         path=path,
@@ -107,10 +114,11 @@ def _inspect(path: Path) -> ModelFolder:
         architecture=_first_architecture(config),
         weight_bytes=weight_bytes,
         tensor_count=tensor_count,
-        max_model_len=_find_context(config),
+        max_model_len=_find_context(config) if encoder is None else encoder.max_tokens,
         quantization=quantization if isinstance(quantization, dict) else None,
         has_chat_template=_has_chat_template(path, files),
         weight_files=weight_files,
+        encoder=encoder,
     )
 
 

@@ -20,8 +20,17 @@ class UnsafeHomeError(Exception):
 
 
 def default_home() -> Path:
-    """Return `$LMX_HOME`, or `~/.lmx`."""
-    return Path(os.environ.get("LMX_HOME") or Path.home() / ".lmx").expanduser()
+    """Return `$LMX_HOME`, or `~/.lmx`; raise `UnsafeHomeError` if nobody has such a home."""
+    return expanded(Path(os.environ.get("LMX_HOME") or "~/.lmx"))
+
+
+def expanded(path: Path) -> Path:
+    """Return the path with `~` or `~user` replaced; raise `UnsafeHomeError` if there is no such user."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        msg = f"{path} names the home of nobody this machine knows: choose another LMX_HOME"
+        raise UnsafeHomeError(msg) from None
 
 
 def slot_name(model_id: str) -> str:

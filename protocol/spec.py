@@ -72,4 +72,7 @@ def write_spec(file: Path, spec: msgspec.Struct) -> None:
 
 def read_spec(file: Path, kind: type[SpecT]) -> SpecT:
     """Return the spec in `file`; raise `OSError` or `msgspec.MsgspecError`."""
-    return msgspec.json.decode(file.read_bytes(), type=kind)
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=kind)
+    except (UnicodeDecodeError, RecursionError) as error:  # msgspec's own errors do not cover these
+        raise msgspec.DecodeError(str(error)) from None

@@ -22,6 +22,16 @@ def living(runtime: Runtime, platform: Platform) -> tuple[ChildRecord, ...]:
     return tuple(child for child in runtime.children if platform.process_started(child.pid) == child.started)
 
 
+def stale(runtime: Runtime, platform: Platform) -> tuple[ChildRecord, ...]:
+    """Return the recorded processes whose pid belongs to somebody else by now: these are never touched."""
+    same_boot = runtime.boot_id == platform.boot_id()
+    return tuple(
+        child
+        for child in runtime.children
+        if (started := platform.process_started(child.pid)) is not None and not (same_boot and started == child.started)
+    )
+
+
 def leftovers(home: Home) -> dict[str, int]:
     """Return the per-incarnation files in the run folder, by name, with their incarnation."""
     found = {}

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from protocol.logs import event
 from supervisor.platform.base import ExitWatch, Platform
 
 _OUTPUT_LIMIT: Final = 10 * 1024 * 1024
@@ -38,9 +39,15 @@ class Child:
         if self._process is not None:
             # Unreaped, so the pid is still its own; `send_signal` checks that it has not been reaped.
             self._process.send_signal(number)
-        elif self._platform.process_started(self.pid) == self.started:
+        elif self._is_still_itself():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
+
+    def _is_still_itself(self) -> bool:
+        started = self._platform.process_started(self.pid)
+        if started is not None and started != self.started:
+            event("stale_identity", level="WARNING", pid=self.pid)
+        return started == self.started
 
     def belongs_to(self, gone: Callable[[int | None], None]) -> None:
         """Have somebody else told of the end."""

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Final, NoReturn, ParamSpec
 
 import click
+import msgspec
 
 from protocol import __version__, control
 from protocol.messages import Message
-from protocol.paths import Home, default_home
+from protocol.paths import Home, UnsafeHomeError, default_home, expanded
 from protocol.states import CliExit
 from supervisor.client import Client, UnreachableError, WaitedTooLongError
 
@@ -57,7 +58,10 @@ def _reports(command: Callable[P, None]) -> Callable[P, None]:
 @click.pass_context
 def cli(context: click.Context, home: Path | None) -> None:
     """A local LLM server that does not fall over: each model in a process of its own, supervised."""
-    context.obj = Home(home.expanduser() if home else default_home())
+    try:
+        context.obj = Home(expanded(home) if home else default_home())
+    except UnsafeHomeError as error:
+        _fail(str(error), CliExit.BAD_CONFIG)
 
 
 @cli.command()
@@ -300,8 +304,6 @@ def _fetched(home: Home, model: str) -> Any:
 
 
 def _ensure(home: Home) -> None:
-    from protocol.paths import UnsafeHomeError
-
     try:
         home.ensure()
     except UnsafeHomeError as error:
@@ -314,16 +316,21 @@ def _show(document: dict[str, Any], *, as_json: bool) -> None:
     click.echo(json.dumps(document, indent=2) if as_json else status_text(document))
 
 
+class _LastWords(msgspec.Struct):
+    saved_at: float
+    snapshot: dict[str, Any] | None = None
+
+
 def _last_words(home: Home, *, as_json: bool) -> None:
     """Print what the last supervisor wrote down, with its age, if it wrote anything."""
     from supervisor.screen import duration
     from supervisor.statefile import StateFile
 
-    payload = StateFile(home.state / "runtime", kind="lmx.runtime", schema=1).peek()
-    if not payload or not payload.get("snapshot"):
+    payload = StateFile(home.state / "runtime", kind="lmx.runtime", schema=1, shape=_LastWords).peek()
+    if payload is None or not payload.snapshot:
         return
-    age = max(0.0, time.time() - payload["saved_at"])
-    document = {**payload["snapshot"], "snapshot_age_s": round(age, 1)}
+    age = max(0.0, time.time() - payload.saved_at)
+    document = {**payload.snapshot, "snapshot_age_s": round(age, 1)}
     if not as_json:
         click.echo(f"the supervisor does not run; this is from {duration(age)} ago\n")
     _show(document, as_json=as_json)

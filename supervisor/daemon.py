@@ -57,7 +57,7 @@ class Daemon:
         self._announce: Callable[[str, str], None] | None = announce
         self._platform = current_platform()
         self._journal = Journal(home.state / "events.jsonl")
-        self._store = Store(home, self._platform)
+        self._store = Store(home, self._platform, self._journal.write)
         self._intent = Intent(home, config, self._store, self._journal)
         self._changes = Changes()
         self._host = Host(home, config, self._platform, self._journal, self._changed)
@@ -137,6 +137,8 @@ class Daemon:
             panic=self._panic_since,
         )
         expected = adoption.living(self._before, self._platform)
+        for child in adoption.stale(self._before, self._platform):
+            self._journal.write("stale_identity", level="WARNING", model=child.model, slot=child.slot, pid=child.pid)
         numbers = adoption.leftovers(self._home).values()
         self._host.incarnation = max(self._before.incarnation, *numbers, 0)
         event(

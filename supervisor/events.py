@@ -97,6 +97,13 @@ class Exited(msgspec.Struct, frozen=True):
     luck: float = 0.0
 
 
+class Reclassified(msgspec.Struct, frozen=True):
+    """A report that came later explains the last end better: `record` takes the place of `was`."""
+
+    was: ExitRecord
+    record: ExitRecord
+
+
 class SpawnFailed(msgspec.Struct, frozen=True):
     """The system refused to start a process."""
 
@@ -126,6 +133,7 @@ Event = (
     | Weighed
     | HasDrained
     | Exited
+    | Reclassified
     | SpawnFailed
     | Tick
 )

@@ -32,6 +32,7 @@ from supervisor.managed import Managed
 from supervisor.platform.base import Platform
 from supervisor.platform.reports import killed_by_jetsam, report_folders
 from supervisor.restarts import RestartPolicy
+from supervisor.second_look import SecondLook
 from supervisor.slot import Settings, Slot
 from supervisor.spare import Spare
 
@@ -71,6 +72,7 @@ class Host:
         self._decoder = control.to_supervisor_decoder()
         self.crashes = CrashStore(home.crashes)
         self.report_folders = report_folders()
+        self.second_look = SecondLook()
         #: The newest crash record of each model, and what a gateway said of a crash before we saw it.
         self._last_reports: dict[str, CrashRecord] = {}
         self._casualties: dict[tuple[str, int], tuple[str, ...]] = {}
@@ -238,7 +240,7 @@ class Host:
 
     def _ended(self, managed: Managed, returncode: int | None) -> None:
         slot, seen_at = managed.slot, time.time()
-        asked = slot.state is ModelState.STOPPING or not slot.wanted
+        asked = (slot.state is ModelState.STOPPING and not slot.condemned) or not slot.wanted
         end, tail = record("lost", at=seen_at), ""
         with self.guard("end"):  # whatever fails here, it is gone
             self._hear_last_words(managed)
@@ -285,6 +287,10 @@ class Host:
         report = None
         with self.guard("crash record"):
             report = self._crash_record(managed, end, tail) if crash else None
+            since = seen_at if managed.box is None else managed.box.since_unix
+            self.second_look.arrange(
+                end, slot.pid, since, self.report_folders, lambda better: self._reclassify(managed, slot, end, better)
+            )
         self.feed(managed, ev.Exited(end, self._luck()))
         if report is not None:  # after what has to be quick
             with self.guard("crash record"):
@@ -298,12 +304,36 @@ class Host:
         if written is not None:
             self._last_reports[report.model] = written
 
+    def _reclassify(self, managed: Managed, slot: Slot, was: ExitRecord, better: ExitRecord) -> None:
+        """A report of the system explains the end of an earlier process of this slot."""
+        crash, report = "", self._last_reports.get(managed.model)
+        if report is not None and report.incarnation == slot.incarnation:
+            report = msgspec.structs.replace(report, kind=better.name, words=better.reason, hint=better.hint)
+            self._last_reports[managed.model] = report
+            self.crashes.rewrite(report)
+            crash = report.id
+        self.journal.write(
+            "exit_reclassified",
+            level="WARNING",
+            model=managed.model,
+            slot=managed.name,
+            pid=slot.pid,
+            incarnation=slot.incarnation,
+            was=was.name,
+            exit_class=better.name,
+            reason=better.reason,
+            crash=crash,
+        )
+        if self.slots.get(managed.name) is managed:
+            self.feed(managed, ev.Reclassified(was, better))
+
     def name_casualties(self, model: str, incarnation: int, requests: Sequence[str]) -> None:
         """Note in the crash record which requests a process had; the gateway may say so before or after its end."""
         named = tuple(requests[:_MAX_CASUALTIES])
         report = self._last_reports.get(model)
         if report is not None and report.incarnation == incarnation:
-            self.crashes.rewrite(msgspec.structs.replace(report, requests=named))
+            self._last_reports[model] = msgspec.structs.replace(report, requests=named)
+            self.crashes.rewrite(self._last_reports[model])
         elif self.find(model) is not None:
             self._casualties = {key: value for key, value in self._casualties.items() if key[0] != model}
             self._casualties[model, incarnation] = named
@@ -460,6 +490,7 @@ class Host:
 
     def close(self) -> None:
         """Stop the clock; living processes are left alone."""
+        self.second_look.close()
         if self._timer is not None:
             self._timer.cancel()
         for managed in self.slots.values():

@@ -42,6 +42,8 @@ def advance(slot: Slot, event: Event, now: float, settings: Settings) -> Outcome
             return _adopted(slot, pid, incarnation, phase, now), ()
         case ev.Exited(record, luck):
             return _exited(slot, record, luck, now, settings), ()
+        case ev.Reclassified(was, record):
+            return _reclassified(slot, was, record), ()
         case ev.SpawnFailed(record, luck):
             return _failed(slot, record, luck, now, settings), ()
         case ev.Condemned(reason):
@@ -232,6 +234,16 @@ def _failed(slot: Slot, record: ExitRecord, luck: float, now: float, settings: S
     return _to(gone, ModelState.BACKOFF, now, retry_at=now + verdict.delay_s, reason=record.reason)
 
 
+def _reclassified(slot: Slot, was: ExitRecord, record: ExitRecord) -> Slot:
+    if slot.last_exit != was:
+        return slot
+    slot = msgspec.structs.replace(slot, last_exit=record)
+    if slot.state is not ModelState.BACKOFF:
+        return slot
+    retry_at = max(slot.retry_at, slot.since + record.extra_delay_s)
+    return msgspec.structs.replace(slot, retry_at=retry_at, reason=record.reason)
+
+
 def _set_aside(slot: Slot, reason: str, now: float, settings: Settings) -> Slot:
     """Into quarantine, with the time of the next try by itself if its last end allows one."""
     delays = settings.config.probe_delays_s
@@ -305,7 +317,7 @@ def _tick(slot: Slot, late_s: float, now: float, config: LifecycleConfig) -> Out
         return slot, ()
     why = min(due)[1] if len(due) == 1 else next((w for _, w in sorted(due) if w not in _MILD), min(due)[1])
     if slot.state is ModelState.STOPPING:
-        return _insist(slot)
+        return _insist(slot, now)
     if why == "stable":
         return msgspec.structs.replace(slot, probing=False, probes=0, history=History()), ()
     if why == "late":
@@ -323,10 +335,11 @@ def _probe(slot: Slot, now: float) -> Slot:
     return _to(slot, ModelState.STARTING, now, retry_at=now, probe_at=0.0, probes=slot.probes + 1, probing=True)
 
 
-def _insist(slot: Slot) -> Outcome:
+def _insist(slot: Slot, now: float) -> Outcome:
     if slot.condemned and not slot.terminated:
         return msgspec.structs.replace(slot, terminated=True), (Action.TERMINATE,)
-    return msgspec.structs.replace(slot, killed=True), (Action.KILL,)
+    # From now on: a process that survives SIGKILL is looked at again in an hour, not without pause after one.
+    return _to(slot, ModelState.STOPPING, now, killed=True), (Action.KILL,)
 
 
 def _forget_time(slot: Slot, now: float) -> Slot:

@@ -32,7 +32,7 @@ class ModelRef(msgspec.Struct, frozen=True):
 
 def resolve(text: str, home: Home) -> ModelRef:
     """Return what `text` means: an id first, then a folder, then a repository."""
-    if not text or not _is_unicode(text):
+    if not text or not _is_unicode(text) or "\0" in text:
         msg = f"{text!r} is not the name of a model"
         raise UnknownModelError(msg)
     # os.path: pathlib raises for names that are too long, folders that are closed to us, "~nobody", loops of links.

@@ -66,12 +66,12 @@ class History:
     """What was learnt of models, kept over restarts. A disk that refuses it costs only precision."""
 
     def __init__(self, file: Path) -> None:
-        self._file = StateFile(file, kind="lmx.memory", schema=_SCHEMA)
+        self._file = StateFile(file, kind="lmx.memory", schema=_SCHEMA, shape=Memories)
         self._models: dict[str, Learnt] = {}
 
     def load(self) -> None:
         """Read what earlier supervisors learnt."""
-        loaded = self._file.load(lambda payload: msgspec.convert(payload, Memories))
+        loaded = self._file.load()
         if loaded.payload is not None:
             self._models = dict(loaded.payload.models)
 

@@ -19,6 +19,7 @@ _ALIVE: Final = frozenset(
         ModelState.STOPPING,
     }
 )
+_WAITING: Final = frozenset({ModelState.STARTING, ModelState.BACKOFF})
 COMING_UP: Final = frozenset({ModelState.STARTING, ModelState.LOADING, ModelState.WARMING})
 
 
@@ -73,12 +74,12 @@ class Slot(msgspec.Struct, frozen=True):
     @property
     def alive(self) -> bool:
         """Whether a process exists or is being started."""
-        return self.state in _ALIVE and self.pid != 0
+        return self.pid != 0 and self.state in _ALIVE
 
     @property
     def waiting(self) -> bool:
         """Whether it waits for its turn or its time to be started."""
-        return self.wanted and self.pid == 0 and self.state in {ModelState.STARTING, ModelState.BACKOFF}
+        return self.wanted and self.pid == 0 and self.state in _WAITING
 
     def next_degraded(self, config: LifecycleConfig) -> bool:
         """Whether the next process should run degraded: a late try of a series, or its last end asks for it."""

@@ -35,10 +35,6 @@ class Loaded(msgspec.Struct, frozen=True):
     problems: tuple[str, ...] = ()
 
 
-def _as_it_is(payload: Any) -> Any:
-    return payload
-
-
 class _UnusableError(Exception):
     """The file is damaged; the text says how."""
 
@@ -48,13 +44,19 @@ class _NewerSchemaError(Exception):
 
 
 class StateFile:
-    """One durable document, owned by one process. `sync` makes a descriptor's data survive a power loss."""
+    """One durable document, owned by one process. `sync` makes a descriptor's data survive a power loss.
 
-    def __init__(self, file: Path, *, kind: str, schema: int, sync: Callable[[int], None] = os.fsync) -> None:
+    `shape` is the type of the payload: a whole file with another content is as unusable as a damaged one.
+    """
+
+    def __init__(
+        self, file: Path, *, kind: str, schema: int, sync: Callable[[int], None] = os.fsync, shape: Any = Any
+    ) -> None:
         self._file = file
         self._kind = kind
         self._schema = schema
         self._sync = sync
+        self._shape = shape
         self._sequence = 0
         self._read_only = False
 
@@ -62,23 +64,17 @@ class StateFile:
     def _previous(self) -> Path:
         return self._file.with_name(self._file.name + ".prev")
 
-    def load(self, convert: Callable[[Any], Any] = _as_it_is) -> Loaded:
-        """Return the newest usable payload: the live file's, else the previous one's, else None.
-
-        `convert` makes it what the caller wants, and raises `msgspec.ValidationError` for what has another shape.
-        """
+    def load(self) -> Loaded:
+        """Return the newest usable payload: the live file's, else the previous one's, else None."""
         problems: list[str] = []
         for candidate in (self._file, self._previous):
             try:
-                return Loaded(convert(self._read(candidate)), tuple(problems))
+                return Loaded(self._read(candidate), tuple(problems))
             except FileNotFoundError:
                 continue
             except _NewerSchemaError as error:
                 self._read_only = True
                 return Loaded(None, (*problems, str(error)))
-            except msgspec.ValidationError as error:
-                problems.append(f"{candidate.name}: the contents have another shape: {error}")
-                _keep_aside(candidate)
             except (OSError, _UnusableError) as error:
                 problems.append(f"{candidate.name}: {error}")
                 _keep_aside(candidate)
@@ -152,7 +148,10 @@ class StateFile:
             reason = f"{file} has schema {header.schema}; this version knows {self._schema} and leaves it as it is"
             raise _NewerSchemaError(reason)
         try:
-            payload = msgspec.json.decode(body)
+            payload = msgspec.convert(msgspec.json.decode(body), self._shape)
+        except msgspec.ValidationError as error:
+            reason = f"the contents have another shape: {error!s:.200}"
+            raise _UnusableError(reason) from None
         except _UNREADABLE:
             reason = "the contents are not JSON"
             raise _UnusableError(reason) from None

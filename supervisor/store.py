@@ -1,10 +1,10 @@
 """What the supervisor remembers over its own death: what should be live (desired) and what was (runtime)."""
 
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, Protocol
 
 import msgspec
 
-from protocol.logs import event
+from protocol.logs import Field, event
 from protocol.paths import Home
 from supervisor.platform.base import Platform
 from supervisor.safety import Strike
@@ -12,7 +12,9 @@ from supervisor.statefile import StateFile
 
 _SCHEMA: Final = 1
 _MAX_STARTS: Final = 16
-PayloadT = TypeVar("PayloadT", bound=msgspec.Struct)
+#: What the system takes for a pid, and what can be written down again: a damaged number must not get any further.
+Pid = Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+Number = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 
 
 class DesiredModel(msgspec.Struct, frozen=True):
@@ -42,19 +44,19 @@ class ChildRecord(msgspec.Struct, frozen=True):
 
     slot: str
     model: str
-    incarnation: int
-    pid: int
+    incarnation: Number
+    pid: Pid
     started: float
 
 
 class Runtime(msgspec.Struct, frozen=True):
     """How the last supervisor left things."""
 
-    pid: int = 0
+    pid: Number = 0
     boot_id: str = ""
     started_at: float = 0.0
     starts: tuple[float, ...] = ()
-    incarnation: int = 0
+    incarnation: Number = 0
     children: tuple[ChildRecord, ...] = ()
     loaded_models: tuple[str, ...] = ()
     last_clean_shutdown: bool = False
@@ -68,13 +70,24 @@ class Runtime(msgspec.Struct, frozen=True):
     snapshot: dict[str, Any] | None = None
 
 
-class Store:
-    """Both state files. A disk that refuses them is reported once and does not stop the service."""
+class Say(Protocol):
+    """Writes an event: `protocol.logs.event`, or the journal's `write`."""
 
-    def __init__(self, home: Home, platform: Platform) -> None:
+    def __call__(self, name: str, /, *, level: str = ..., **fields: Field) -> None:
+        """Write an event with its fields."""
+
+
+class Store:
+    """Both state files. A disk that refuses them is reported once and does not stop the service.
+
+    `say` writes what was lost or recovered, by default into the log.
+    """
+
+    def __init__(self, home: Home, platform: Platform, say: Say = event) -> None:
         sync = platform.full_sync
-        self._desired = StateFile(home.state / "desired", kind="lmx.desired", schema=_SCHEMA, sync=sync)
-        self._runtime = StateFile(home.state / "runtime", kind="lmx.runtime", schema=_SCHEMA, sync=sync)
+        self._desired = StateFile(home.state / "desired", kind="lmx.desired", schema=_SCHEMA, sync=sync, shape=Desired)
+        self._runtime = StateFile(home.state / "runtime", kind="lmx.runtime", schema=_SCHEMA, sync=sync, shape=Runtime)
+        self._say = say
         #: Files that do not hold what they were last told: why not, and what that was.
         self._problems: dict[StateFile, tuple[str, msgspec.Struct]] = {}
 
@@ -90,8 +103,8 @@ class Store:
 
     def load(self) -> tuple[Desired | None, Runtime]:
         """Return what was stored; None for the intent if there is none that can be used."""
-        desired = _decode(self._desired, Desired, "desired")
-        runtime = _decode(self._runtime, Runtime, "runtime")
+        desired: Desired | None = _load(self._desired, "desired", self._say)
+        runtime: Runtime | None = _load(self._runtime, "runtime", self._say)
         return desired, runtime or Runtime()
 
     def save_desired(self, desired: Desired) -> None:
@@ -126,9 +139,11 @@ def remember_start(starts: tuple[float, ...], now: float) -> tuple[float, ...]:
     return (*starts, now)[-_MAX_STARTS:]
 
 
-def _decode(file: StateFile, kind: type[PayloadT], name: str) -> PayloadT | None:
-    loaded = file.load(lambda payload: msgspec.convert(payload, kind))
+def _load(file: StateFile, name: str, event: Say) -> Any:
+    """Return the newest payload that can be used, None if there is none; say loudly what was wrong on the way."""
+    loaded = file.load()
     for problem in loaded.problems:
-        event("state_recovered", level="WARNING", file=name, reason=problem)
-    found: PayloadT | None = loaded.payload
-    return found
+        event("state_recovered", level="ERROR", file=name, reason=problem)
+    if loaded.problems and loaded.payload is None:
+        event("runtime_state_load_failed", level="ERROR", file=name, reason="no copy of it can be used")
+    return loaded.payload

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from protocol.builtin_models import EMBEDDING_MODEL_ID
 from tests.harness import Lmx
-from tests.modelkit import default_model, make_tiny_model
+from tests.modelkit import builtin_model, default_model, make_tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +24,12 @@ def tiny_model() -> Iterator[Path]:
 def real_model() -> Path:
     """The default model's folder; fetched once per machine."""
     return default_model(None)
+
+
+@pytest.fixture(scope="session")
+def embedding_model() -> Path:
+    """The built-in embedding model's folder; fetched once per machine."""
+    return builtin_model(EMBEDDING_MODEL_ID)
 
 
 @pytest.fixture

@@ -85,15 +85,136 @@ def make_tiny_model(
     return folder
 
 
+def make_tiny_encoder(
+    folder: Path,
+    *,
+    pairs: bool = False,
+    cls: bool = False,
+    model_type: str = "bert",
+    hidden: int = 32,
+    longest: int = 24,
+) -> Path:
+    """Write a random BERT in float32 with a word-level tokenizer, and return its folder; with `pairs` a reranker."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab = {token: number for number, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *dict.fromkeys(WORDS)])}
+    bert = model_type == "bert"
+    positions = longest + (0 if bert else 2)
+    family = "Bert" if bert else "Roberta"
+    config: dict[str, object] = {
+        "architectures": [f"{family}ForSequenceClassification" if pairs else f"{family}Model"],
+        "model_type": model_type,
+        "hidden_size": hidden,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 2 * hidden,
+        "vocab_size": len(vocab),
+        "max_position_embeddings": positions,
+        "type_vocab_size": 2 if bert else 1,
+        "layer_norm_eps": 1e-12,
+        "hidden_act": "gelu",
+    }
+    if pairs:
+        config["id2label"] = {"0": "LABEL_0"}
+    _write(folder / "config.json", config)
+    _write(folder / "tokenizer_config.json", {"model_max_length": 512, "tokenizer_class": "BertTokenizer"})
+    special = [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    special.append({"SpecialToken": {"id": "[SEP]", "type_id": 0}})
+    second = [{"Sequence": {"id": "B", "type_id": 1}}, {"SpecialToken": {"id": "[SEP]", "type_id": 1}}]
+    ids = {name: {"id": name, "ids": [vocab[name]], "tokens": [name]} for name in ("[CLS]", "[SEP]")}
+    tokenizer = {
+        "version": "1.0",
+        # As in the files of sentence-transformers: neither must have an effect.
+        "truncation": {"max_length": 8, "strategy": "LongestFirst", "stride": 0, "direction": "Right"},
+        "padding": {
+            "strategy": {"Fixed": 8},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "[PAD]",
+        },
+        "added_tokens": [],
+        "normalizer": {"type": "Lowercase"},
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": special,
+            "pair": [*special, *second],
+            "special_tokens": ids,
+        },
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]"},
+    }
+    _write(folder / "tokenizer.json", tokenizer)
+    if not pairs:
+        (folder / "1_Pooling").mkdir(exist_ok=True)
+        _write(folder / "1_Pooling/config.json", {"pooling_mode_cls_token": cls, "pooling_mode_mean_tokens": not cls})
+        modules = ("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")
+        listed = [{"type": f"sentence_transformers.models.{name}", "path": path} for name, path in modules]
+        (folder / "modules.json").write_text(json.dumps(listed))
+    save_file(_encoder_weights(np.random.default_rng(1), config, pairs=pairs), folder / "model.safetensors")
+    return folder
+
+
+def _encoder_weights(
+    random: np.random.Generator, config: dict[str, Any], *, pairs: bool
+) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.word_embeddings.weight": (config["vocab_size"], hidden),
+        "embeddings.position_embeddings.weight": (config["max_position_embeddings"], hidden),
+        "embeddings.token_type_embeddings.weight": (config["type_vocab_size"], hidden),
+        "embeddings.LayerNorm.": (hidden,),
+    }
+    for layer in range(config["num_hidden_layers"]):
+        at = f"encoder.layer.{layer}."
+        for name in ("self.query", "self.key", "self.value", "output.dense"):
+            shapes |= {f"{at}attention.{name}.weight": (hidden, hidden), f"{at}attention.{name}.bias": (hidden,)}
+        shapes |= {
+            f"{at}intermediate.dense.weight": (inner, hidden),
+            f"{at}intermediate.dense.bias": (inner,),
+            f"{at}output.dense.weight": (hidden, inner),
+            f"{at}output.dense.bias": (hidden,),
+            f"{at}attention.output.LayerNorm.": (hidden,),
+            f"{at}output.LayerNorm.": (hidden,),
+        }
+    bert = config["model_type"] == "bert"
+    if bert:
+        shapes |= {"pooler.dense.weight": (hidden, hidden), "pooler.dense.bias": (hidden,)}
+    prefix = ("bert." if bert else "roberta.") if pairs else ""
+    weights = {}
+    for name, shape in shapes.items():
+        if name.endswith("LayerNorm."):
+            weights[f"{prefix}{name}weight"] = 1 + 0.2 * random.standard_normal(shape)
+            weights[f"{prefix}{name}bias"] = 0.2 * random.standard_normal(shape)
+        else:
+            weights[prefix + name] = random.standard_normal(shape) * (2 / shape[-1] ** 0.5 if len(shape) > 1 else 0.2)
+    if pairs and bert:
+        weights |= {"classifier.weight": random.standard_normal((1, hidden)), "classifier.bias": np.zeros(1)}
+    elif pairs:
+        weights |= {
+            "classifier.dense.weight": random.standard_normal((hidden, hidden)) / hidden**0.5,
+            "classifier.dense.bias": np.zeros(hidden),
+            "classifier.out_proj.weight": random.standard_normal((1, hidden)),
+            "classifier.out_proj.bias": np.zeros(1),
+        }
+    return {name: array.astype(np.float32) for name, array in weights.items()}
+
+
 def default_model(cache_dir: Path | None = None) -> Path:
     """Return the folder of the default model, fetched at most once per machine however many ask at once."""
+    return builtin_model(DEFAULT_MODEL_ID, cache_dir)
+
+
+def builtin_model(model: str, cache_dir: Path | None = None) -> Path:
+    """Return the folder of a built-in model, fetched at most once per machine however many ask at once."""
     models = (cache_dir or cache_folder()) / "models"
-    folder = models / DEFAULT_MODEL_ID
+    folder = models / model
     try:
         return inspect_model_folder(folder).path
     except ModelFolderError:
         pass  # fetch says what is wrong with it, if it is there
-    command = [sys.executable, "-m", "worker.tools", "fetch", DEFAULT_MODEL_ID, "--models-dir", str(models)]
+    command = [sys.executable, "-m", "worker.tools", "fetch", model, "--models-dir", str(models)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=1_800, check=False)
     assert done.returncode == 0, done.stderr
     return Path(done.stdout.strip())

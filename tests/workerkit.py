@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -110,12 +110,17 @@ class Answer:
         self.finish: data.Finish | None = None
         self.usage: data.Usage | None = None
         self.error: data.Refused | data.Failed | None = None
+        self.logprobs: list[data.TokenLogprob] = []
+        #: (text, token ids, logprobs) of each delta.
+        self.deltas: list[tuple[str, list[int], list[data.TokenLogprob]]] = []
+        #: What is answered whole: embeddings, a ranking, tokens.
+        self.reply: data.Embedded | data.Ranked | data.Tokenized | None = None
         #: How many messages about it came after its end: must stay 0.
         self.after_end = 0
 
     @property
     def done(self) -> bool:
-        return self.finish is not None or self.error is not None
+        return self.finish is not None or self.error is not None or self.reply is not None
 
     @property
     def code(self) -> str:
@@ -145,6 +150,21 @@ class Gateway:
         self.answers[rid] = Answer()
         self.send(data.Submit(INCARNATION, rid, data.Kind.CHAT, messages, wanted, deadline_s, trace=f"req-{rid}"))
         return rid
+
+    def request(self, kind: data.Kind, *inputs: str | list[int], sampling: Any = None, **fields: Any) -> int:
+        """Submit a request of any kind; `fields` are of the Submit."""
+        self._last_rid += 1
+        rid = self._last_rid
+        self.answers[rid] = Answer()
+        wanted = data.Sampling(**({"temperature": 0.0} | (sampling or {})))
+        messages = fields.pop("messages", [])
+        deadline_s = fields.pop("deadline_s", 60.0)
+        self.send(data.Submit(INCARNATION, rid, kind, messages, wanted, deadline_s, inputs=list(inputs), **fields))
+        return rid
+
+    def complete(self, prompt: str | list[int], *, echo: bool = False, group: int = 0, **sampling: Any) -> int:
+        """Submit a raw prompt."""
+        return self.request(data.Kind.COMPLETION, prompt, sampling=sampling, echo=echo, group=group)
 
     def abort(self, *rids: int) -> None:
         self.send(data.Abort(INCARNATION, list(rids)))
@@ -196,14 +216,18 @@ class Gateway:
         answer.after_end += answer.done
         if isinstance(message, data.Accepted):
             answer.accepted = message
-        else:
+        elif isinstance(message, data.Refused | data.Failed):
             answer.error = message
+        else:
+            answer.reply = message
 
     def _on_delta(self, step: int, delta: data.Delta) -> None:
         answer = self.answers[delta.rid]
         answer.after_end += answer.done
         answer.text += delta.text
         answer.tokens += delta.token_ids
+        answer.logprobs += delta.logprobs
+        answer.deltas.append((delta.text, delta.token_ids, delta.logprobs))
         answer.steps.append(step)
         answer.finish, answer.usage = delta.finish, delta.usage
 
@@ -220,7 +244,9 @@ class WorkerProcess:
         lifecycle: LifecycleConfig | None = None,
         fault: dict[str, Any] | None = None,
         supervised: bool = True,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
+        """`environment` is added to the process's own: the matrix library that makes a large model usable, say."""
         # Short: a unix socket's path has 103 bytes.
         self.folder = Path(tempfile.mkdtemp(prefix="lmx-", dir="/tmp"))
         self.control_path = self.folder / "s.sock"
@@ -242,7 +268,7 @@ class WorkerProcess:
         )
         spec_file = self.folder / "spec.json"
         write_spec(spec_file, self.spec)
-        environ = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+        environ = os.environ | {"OPENBLAS_NUM_THREADS": "1"} | dict(environment or {})
         environ.pop("LMX_FAULT", None)
         if fault is not None:
             environ["LMX_FAULT"] = json.dumps(fault)

@@ -4,10 +4,17 @@ import importlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
+import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
+from mlx_lm.models.cache import can_trim_prompt_cache
 
-from worker.jobs import AT_LENGTH, AT_STOP, GOES_ON, Job, Token
-from worker.sampling import Samplers
+from worker import lean
+from worker.groups import Groups
+from worker.jobs import AT_LENGTH, AT_STOP, GOES_ON, NO_SCORES, NO_TOKEN, Job, Scored, Scores, Token
+from worker.logprobs import Record, Recorder
+from worker.penalties import make_processors
+from worker.sampling import Samplers, Spread
+from worker.scoring import PromptScorer, Scoring
 
 #: Prompts whose chunks are processed together. More makes one chunk, and so the wait of the others, longer.
 _PREFILL_BATCH: Final = 8
@@ -27,9 +34,13 @@ def neutralise_wired_limit() -> None:
 
 
 class BatchBackend:
-    """`worker.jobs.Backend` on a BatchGenerator that holds at most `slots` sequences at once."""
+    """`worker.jobs.Backend` on a BatchGenerator that holds at most `slots` sequences at once.
 
-    def __init__(self, model: Any, eos: Iterable[int], *, slots: int, prefill_tokens: int) -> None:
+    A job is in the scorer, in a group waiting for another's cache, or in the generator, where it has a uid.
+    """
+
+    def __init__(self, model: Any, eos: Iterable[int], *, slots: int, prefill_tokens: int, plain: bool = False) -> None:
+        """`plain` keeps mlx-lm's own batch, which is slower: what `worker.lean` is tested against."""
         neutralise_wired_limit()
         self._generator = BatchGenerator(
             model,
@@ -38,46 +49,83 @@ class BatchBackend:
             prefill_batch_size=min(_PREFILL_BATCH, slots),
             prefill_step_size=prefill_tokens,
         )
+        self.is_lean = not plain and lean.install(self._generator, model)
         self._samplers = Samplers()
+        self._scorer = PromptScorer(model, step_tokens=prefill_tokens)
+        self._groups = Groups()
         self._jobs: dict[int, int] = {}
         self._uids: dict[int, int] = {}
-        self._before_first_token: set[int] = set()
+        self._unanswered: set[int] = set()
+        #: Leaders of groups in the generator, by uid, and how many tokens their followers can take over.
+        self._leading: dict[int, int] = {}
+        self._recorders: dict[int, Recorder] = {}
+        self._prompt_scores: dict[int, list[Scored]] = {}
+        #: All jobs, whatever their stage.
+        self._alive: set[int] = set()
+        self._scores: Scores = NO_SCORES
 
     def __len__(self) -> int:
-        return len(self._jobs)
+        return len(self._alive)
 
     @property
     def prefilling(self) -> bool:
         """Whether some job has no token yet."""
-        return bool(self._before_first_token)
+        return bool(self._unanswered)
+
+    @property
+    def scores(self) -> Scores:
+        """What the last step's tokens were worth, for the jobs that asked."""
+        return self._scores
 
     def insert(self, job: Job) -> None:
-        """Queue the job in the generator; it joins the batch at the next step that has room."""
-        sampler = self._samplers.of(job.temperature, job.top_p, job.seed, len(job.said))
-        (uid,) = self._generator.insert_segments([[job.prompt + job.said]], [job.max_tokens], samplers=[sampler])
-        self._jobs[uid] = job.id
-        self._uids[job.id] = uid
-        self._before_first_token.add(uid)
+        """Queue the job; it joins the batch at the next step that has room, or once its prompt has been processed."""
+        self._alive.add(job.id)
+        self._unanswered.add(job.id)
+        if self._groups.wait(job):
+            return
+        cache = None if job.scores_prompt else self._cache_of_living(job)
+        if cache is None:
+            leads = self._groups.lead(job)
+            self._start(job, leads=leads)
+        else:
+            self._groups.follow(job)
+            self._enter(job, cache)
 
     def remove(self, jobs: Sequence[int]) -> None:
         """Take jobs out at any stage: not started, in prefill, in decode."""
-        uids = [uid for uid in (self._uids.pop(job, None) for job in jobs) if uid is not None]
-        for uid in uids:
-            del self._jobs[uid]
-            self._before_first_token.discard(uid)
+        gone = [job for job in jobs if job in self._alive]
+        uids = [self._uids[job] for job in gone if job in self._uids]
         if uids:
             self._generator.remove(uids)
+        successors = []
+        for job in gone:
+            self._scorer.remove(job)
+            successors.append(self._forget(job))
+        for successor in successors:
+            # One that was only now removed itself has a successor further down the list.
+            if successor is not None and successor.id in self._alive:
+                self._start(successor, leads=True)
 
     def step(self) -> list[Token]:
-        """Run one decode step of all sequences, then one prefill chunk."""
-        _, responses = self._generator.next()
+        """Run one decode step of all sequences, then one prefill chunk and one chunk of prompts to be scored."""
+        prompts, responses = self._generator.next()
         jobs = self._jobs
         tokens = [(jobs[r.uid], r.token, _ENDS[r.finish_reason]) for r in responses]
-        if self._before_first_token:
-            self._before_first_token.difference_update([r.uid for r in responses])
-        for r in responses:
-            if r.finish_reason is not None:
-                del self._uids[jobs.pop(r.uid)]
+        self._scores = self._collect_scores(responses) if self._recorders and responses else NO_SCORES
+        if self._unanswered:
+            self._unanswered.difference_update([job for job, _, _ in tokens])
+        for job, _, end in tokens:
+            if end != GOES_ON:
+                self._forget(job)
+        if self._leading:
+            for response in prompts:
+                if self._leading.get(response.uid) == response.progress[0]:
+                    self._share_prompt(response.uid)
+        if self._scorer:
+            with mx.stream(self._generator.stream):
+                scored = self._scorer.step()
+            for scoring in scored:
+                tokens += self._go_on_scored(scoring)
         return tokens
 
     def generate(self, prompt: list[int], max_tokens: int) -> list[int]:
@@ -87,3 +135,114 @@ class BatchBackend:
         while len(self):
             tokens += [token for _, token, _ in self.step()]
         return tokens
+
+    # -- from one stage to the next ---------------------------------------------------------------------------
+
+    def _start(self, job: Job, *, leads: bool) -> None:
+        """Begin with a job whose prompt nobody has processed."""
+        if job.scores_prompt:
+            self._scorer.add(job)
+            return
+        self._enter(job, None, leads=leads)
+        if leads:
+            self._leading[self._uids[job.id]] = len(job.prompt) - 1
+
+    def _enter(self, job: Job, cache: list[Any] | None, *, leads: bool = False) -> None:
+        """Put a job into the generator; `cache` holds all of its prompt but the last token."""
+        recorders = [] if job.logprobs is None else [Recorder(job.logprobs)]
+        spread = Spread(job.temperature, job.top_p, job.top_k, job.min_p)
+        begun, rest = job.prompt[:-1], job.prompt[-1:] + job.said
+        segments = [rest] if cache is not None else [begun, rest] if leads else [job.prompt + job.said]
+        (uid,) = self._generator.insert_segments(
+            [segments],
+            [job.max_tokens],
+            caches=None if cache is None else [cache],
+            all_tokens=None if cache is None else [begun],
+            samplers=[self._samplers.of(spread, job.seed, len(job.said))],
+            logits_processors=[recorders + make_processors(job)],
+        )
+        self._jobs[uid] = job.id
+        self._uids[job.id] = uid
+        if recorders:
+            self._recorders[uid] = recorders[0]
+
+    def _forget(self, job: int) -> Job | None:
+        """Forget a job that is over; return the one that has to process their common prompt instead of it."""
+        self._alive.remove(job)
+        self._unanswered.discard(job)
+        self._prompt_scores.pop(job, None)
+        uid = self._uids.pop(job, None)
+        if uid is not None:
+            del self._jobs[uid]
+            self._leading.pop(uid, None)
+            self._recorders.pop(uid, None)
+        return self._groups.leave(job)
+
+    def _share_prompt(self, uid: int) -> None:
+        """Let those who waited for the prompt of this sequence go on with a copy of its cache."""
+        del self._leading[uid]
+        followers = self._groups.release(self._jobs[uid])
+        if not followers:
+            return
+        cache = self._copy_cache(uid)
+        for job in followers:
+            self._enter(job, cache)
+
+    def _go_on_scored(self, scoring: Scoring) -> list[Token]:
+        """Let a scored prompt, and those who waited for it, go on with its cache; return those without a token."""
+        ended: list[Token] = []
+        for job in (scoring.job, *self._groups.release(scoring.job.id)):
+            if job.scores_prompt:
+                self._prompt_scores[job.id] = scoring.scores
+            if job.max_tokens > 0:
+                self._enter(job, scoring.cache or None)
+                continue
+            ended.append((job.id, NO_TOKEN, AT_LENGTH))
+            self._scores = {**self._scores, job.id: scoring.scores}
+            self._forget(job.id)
+        return ended
+
+    def _collect_scores(self, responses: Iterable[Any]) -> Scores:
+        """Return the scores of the tokens just generated, behind those of the prompt that come with the first one."""
+        scores: dict[int, Sequence[Scored]] = {}
+        for response in responses:
+            recorder = self._recorders.get(response.uid)
+            if recorder is None:
+                continue
+            job, record = self._jobs[response.uid], response.logprobs
+            score = record.read() if isinstance(record, Record) else recorder.read()
+            scores[job] = [*self._prompt_scores.pop(job, ()), score]
+        return scores
+
+    # -- caches -----------------------------------------------------------------------------------------------
+
+    def _cache_of_living(self, job: Job) -> list[Any] | None:
+        """Return a cache of the job's prompt without its last token, from a sequence that began with it."""
+        wanted = job.prompt[:-1]
+        for other in self._groups.living(job):
+            uid = self._uids.get(other)
+            cache = None if uid is None else self._copy_cache(uid, wanted)
+            if cache is not None:
+                return cache
+        return None
+
+    def _copy_cache(self, uid: int, wanted: list[int] | None = None) -> list[Any] | None:
+        """Return a sequence's cache, cut down to the wanted tokens; None where the kind of cache cannot do that.
+
+        Inserting it copies it once more, so that one copy serves any number of jobs.
+        """
+        if not lean.can_copy_caches(self._generator):
+            return None
+        with mx.stream(self._generator.stream):
+            found = self._generator.extract_cache([uid]).get(uid)
+            if found is None:
+                return None
+            cache, tokens = found
+            if wanted is None:
+                return list(cache)
+            extra = len(tokens) - len(wanted)
+            if extra < 0 or tokens[: len(wanted)] != wanted:
+                return None
+            if extra and not (can_trim_prompt_cache(cache) and {layer.trim(extra) for layer in cache} == {extra}):
+                return None
+            return list(cache)

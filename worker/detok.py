@@ -6,9 +6,12 @@ allows. The pieces together are exactly the decoded whole.
 """
 
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Final
 
-from worker.jobs import NOTHING, Said
+from protocol.errors import LmxError
+from worker.jobs import NOTHING, Constraint, Said
+from worker.splitting import Splitter, joined
 
 Decode = Callable[[list[int]], str]
 
@@ -20,7 +23,7 @@ _MAX_HELD: Final = 16
 class TokenText:
     """Decodes the tokens of one answer incrementally."""
 
-    def __init__(self, decode: Decode, special: frozenset[int] | set[int]) -> None:
+    def __init__(self, decode: Decode, special: AbstractSet[int]) -> None:
         self._decode = decode
         self._special = special
         #: The tokens shown last, and then those not shown yet.
@@ -28,11 +31,11 @@ class TokenText:
         self._shown = 0
         self._shown_text = ""
 
-    def add(self, token: int) -> str:
-        """Return the text this token completes, maybe none yet."""
+    def add(self, token: int, *, shown: bool = False) -> str:
+        """Return the text this token completes, maybe none yet. `shown` is for a special token that is wanted."""
         # Special tokens are left out here and not by the decoder: a window of nothing but them would decode to
         # nothing, and the next token would lose its leading space as if it began the text.
-        if token in self._special:
+        if token in self._special and not shown:
             return ""
         window = self._window
         window.append(token)
@@ -69,7 +72,7 @@ class StopStrings:
             self.hit = True
             self._held = ""
             return buffer[: min(starts)[1]]
-        cut = min(_find_beginning(buffer, stop) for stop in self._stops)
+        cut = min(find_beginning(buffer, stop) for stop in self._stops)
         self._held = buffer[cut:]
         return buffer[:cut]
 
@@ -79,7 +82,7 @@ class StopStrings:
         return held
 
 
-def _find_beginning(buffer: str, stop: str) -> int:
+def find_beginning(buffer: str, stop: str) -> int:
     """Return where the longest end of `buffer` that `stop` begins with starts, or its length."""
     at = buffer.find(stop[0], max(0, len(buffer) - len(stop) + 1))
     while at >= 0:
@@ -90,29 +93,63 @@ def _find_beginning(buffer: str, stop: str) -> int:
 
 
 class AnswerText:
-    """The text of one answer: tokens in, text out that may be shown. `worker.jobs.Answer`."""
+    """One answer: tokens in, what may be shown out. `worker.jobs.Answer`.
 
-    __slots__ = ("_stops", "_tokens")
+    The way is tokens, text, stop strings, then `splitter`, which tells thoughts and tool calls from text; without one
+    all is text. `markers` are special tokens that the splitter has to see; inside a tool call it sees all but `ends`.
+    """
 
-    def __init__(self, tokens: TokenText, stops: StopStrings) -> None:
+    __slots__ = ("_constraint", "_ends", "_markers", "_splitter", "_stops", "_tokens")
+
+    def __init__(
+        self,
+        tokens: TokenText,
+        stops: StopStrings,
+        splitter: Splitter | None = None,
+        *,
+        markers: AbstractSet[int] = frozenset(),
+        ends: AbstractSet[int] = frozenset(),
+        constraint: Constraint | None = None,
+    ) -> None:
         self._tokens = tokens
         self._stops = stops
+        self._splitter = splitter
+        self._markers = markers
+        self._ends = ends
+        self._constraint = constraint
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string was met; nothing comes after it."""
-        return self._stops.hit
+        """Whether a stop string was met, or the only call wanted is complete; nothing comes after it."""
+        return self._stops.hit or (self._splitter is not None and self._splitter.done)
 
     @property
     def called(self) -> bool:
-        """Plain text calls nothing."""
-        return False
+        """Whether the answer is, or ends with, tool calls."""
+        return self._splitter is not None and self._splitter.called
+
+    @property
+    def failed(self) -> LmxError | None:
+        """Why the answer cannot be gone on with: its grammar became too complex on the way."""
+        return None if self._constraint is None else self._constraint.failed
 
     def add(self, token: int) -> Said:
-        """Return the text that is now certain."""
-        text = self._tokens.add(token)
-        return Said(self._stops.add(text)) if text else NOTHING
+        """Return what is now certain."""
+        splitter = self._splitter
+        if splitter is None:
+            text = self._tokens.add(token)
+            return Said(self._stops.add(text)) if text else NOTHING
+        if self.stopped:
+            return NOTHING
+        shown = token in self._markers or (splitter.in_call and token not in self._ends)
+        text = self._stops.add(self._tokens.add(token, shown=shown))
+        said = splitter.add(text) if text else NOTHING
+        return joined(said, splitter.finish()) if self._stops.hit else said
 
     def finish(self) -> Said:
-        """Return the text held back for a stop string; half a character at the very end is dropped."""
-        return Said(self._stops.finish())
+        """Return what was held back for a stop string or a marker; half a character at the very end is dropped."""
+        held = self._stops.finish()
+        splitter = self._splitter
+        if splitter is None:
+            return Said(held)
+        return joined(splitter.add(held) if held else NOTHING, splitter.finish())

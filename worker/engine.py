@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from time import monotonic
-from typing import Final
+from typing import Any, Final
 
 from protocol.states import Phase
-from worker.jobs import Backend, Command, End, Event, Job, Relieve, Remove, Status, Stepped
+from worker.jobs import Backend, Command, End, Event, Job, Relieve, Remove, Scores, Status, Stepped
 
 #: An idle engine looks up this often; commands wake it at once, so this bounds nothing a client can feel.
 _IDLE_WAIT_S: Final = 5.0
@@ -26,6 +26,7 @@ class Engine:
         emit: Callable[[Event], None],
         status: Status,
         *,
+        reports: Callable[[int, Any, Scores], Event] = Stepped,
         canary: Callable[[], None] = lambda: None,
         canary_idle_s: float = float("inf"),
         relieve: Callable[[int], None] = lambda _above: None,
@@ -34,6 +35,8 @@ class Engine:
         self._commands = commands
         self._emit = emit
         self._status = status
+        #: Makes the event of a step: its number, what it brought, what that was worth.
+        self._reports = reports
         #: Generates one token; run whenever the engine has been idle for so long, to learn of a dead GPU before a
         #: client does.
         self._canary = canary
@@ -81,12 +84,12 @@ class Engine:
     def _step(self) -> None:
         status = self._status
         status.phase = Phase.PREFILL if self._backend.prefilling else Phase.DECODE
-        tokens = self._backend.step()
+        brought = self._backend.step()
         status.step += 1
         status.step_at = monotonic()
         self._canary_at = status.step_at + self._canary_idle_s
-        if tokens:
-            self._emit(Stepped(status.step, tokens))
+        if brought:
+            self._emit(self._reports(status.step, brought, self._backend.scores))
 
     def _run_canary(self) -> None:
         """Generate a token for nobody. Shown as decoding, so that one that never comes is found like any other hang."""

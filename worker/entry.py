@@ -1,5 +1,6 @@
 """One request in the book, and how it is made of what a gateway sent."""
 
+import hashlib
 from typing import Final
 
 import msgspec
@@ -32,6 +33,8 @@ class Request(msgspec.Struct):
     slot_by: float
     #: Of the whole answer, also those that an earlier process generated.
     completion_tokens: int = 0
+    #: What the first delta begins with.
+    echo: str = ""
 
     @property
     def key(self) -> tuple[bytes, int]:
@@ -40,8 +43,13 @@ class Request(msgspec.Struct):
 
     @property
     def whole(self) -> bool:
-        """Whether nothing is left to generate: of a resumed answer only the end had not reached the gateway."""
-        return self.answer.stopped or self.job.max_tokens < 1
+        """Whether nothing is left to do: of a resumed answer only the end had not reached the gateway, say."""
+        return self.answer.stopped or (self.job.max_tokens < 1 and not self.job.scores_prompt)
+
+    def take_echo(self) -> str:
+        """Return the prompt if it is still to be said."""
+        echo, self.echo = self.echo, ""
+        return echo
 
 
 def enter(job: int, gateway: bytes, submit: Submit, prepared: Prepared, now: float, limits: Limits) -> Request:
@@ -68,7 +76,7 @@ def enter(job: int, gateway: bytes, submit: Submit, prepared: Prepared, now: flo
             logprobs=sampling.logprobs,
             echo=submit.echo and not said,
             constraint=prepared.constraint,
-            group=submit.group,
+            group=_number_group(gateway, submit.group),
         ),
         gateway=gateway,
         rid=submit.rid,
@@ -78,4 +86,12 @@ def enter(job: int, gateway: bytes, submit: Submit, prepared: Prepared, now: flo
         deadline_at=now + min(submit.deadline_s, _MAX_DEADLINE_S),
         slot_by=now + limits.slot_timeout_s,
         completion_tokens=len(said),
+        echo=prepared.echo if submit.echo and not said else "",
     )
+
+
+def _number_group(gateway: bytes, rid: int) -> int:
+    """Return a number for the group that this gateway names with a rid, which is unique per gateway only."""
+    if not rid:
+        return 0
+    return int.from_bytes(hashlib.blake2b(b"%d " % rid + gateway, digest_size=8).digest()) | 1

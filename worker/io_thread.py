@@ -24,10 +24,24 @@ from worker import jobs as engine
 from worker.control import ControlClient
 from worker.entry import Limits
 from worker.inbound import Inbound
-from worker.jobs import Command, End, Event, Finished, LoadProgress, Serving, Status, Stepped, Warming
+from worker.intake import Intake
+from worker.jobs import (
+    Answered,
+    Command,
+    End,
+    Event,
+    Finished,
+    LoadProgress,
+    Readied,
+    Serving,
+    Status,
+    Stepped,
+    Warming,
+)
 from worker.link import RETRY_S, DataLink
 from worker.report import Report
 from worker.requests import NEVER, Book
+from worker.whole import WholeBook
 
 _FLUSH_S: Final = 1.0
 _BIND_WAIT_S: Final = 10.0
@@ -57,6 +71,7 @@ class IoThread:
         self._control = ControlClient(spec.control_socket, self._report.introduce, now)
         self._watched: tuple[int | None, bool] = (None, False)
         self._book: Book | None = None
+        self._intake: Intake | None = None
         self._lease_s = spec.lifecycle.lease_s
         self._lease_over = False
         self._heartbeat_at = now
@@ -189,6 +204,8 @@ class IoThread:
         if book is not None:
             for gateway in gone:
                 book.forget_gateway(gateway, now)
+                if self._intake is not None:
+                    self._intake.forget_gateway(gateway)
             for gateway, rid in slow:
                 book.fail_slow(gateway, rid, now)
         self._retry_at = now + RETRY_S if link.blocked else NEVER
@@ -197,7 +214,8 @@ class IoThread:
         book = self._book
         if book is not None and now >= self._drain_by:
             book.fail_all(_going_away(), now, retryable=True)
-        if book is None or not (book.running or book.waiting):
+        preparing = self._intake.pending if self._intake is not None else 0
+        if book is None or not (book.running or book.waiting or preparing):
             self._report.drained = True
             event("drained")
             self._control.send(Drained())
@@ -230,19 +248,35 @@ class IoThread:
             case Stepped():
                 if self._book is not None:
                     self._book.on_step(happened, now)
+            case Answered():
+                if isinstance(self._book, WholeBook):
+                    self._book.on_answers(happened, now)
             case LoadProgress():
                 self._control.send(self._report.on_progress(happened))
             case Warming():
                 self._heartbeat()
             case Serving():
                 self._on_serving(happened, now)
+            case Readied():
+                if self._book is not None and self._intake is not None:
+                    self._intake.readied(self._book, happened.unready, now)
             case Finished():
                 self._on_finished(happened, now)
 
     def _on_serving(self, serving: Serving, now: float) -> None:
         models, loaded = self._spec.models, serving.loaded
         limits = Limits(models.max_concurrent_requests, models.queue_depth, models.slot_timeout_s)
-        book = Book(limits, self._spec.incarnation, loaded.prepare, send=self._link.send, command=self._commands.put)
+        intake = self._intake = self._inbound.intake = Intake(loaded.prepare, loaded.pace, self.emit, loaded.vocabulary)
+        kind = WholeBook if loaded.answers_whole else Book
+        book = kind(
+            limits,
+            self._spec.incarnation,
+            intake.prepare,
+            loaded.vocabulary,
+            tokenize=intake.tokenize,
+            send=self._link.send,
+            command=self._commands.put,
+        )
         self._book = self._inbound.book = book
         if self._report.draining:
             book.close_admission(_going_away(), now)

@@ -5,18 +5,28 @@ other: both directions are queues, and `Status` is a handful of attributes that 
 """
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from enum import IntEnum
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import msgspec
 
 from protocol.control import Capabilities
-from protocol.data import Submit, ToolDelta
+from protocol.data import Submit, TokenLogprob, ToolDelta
+from protocol.errors import LmxError
 from protocol.states import Phase, WorkerExit
+
+if TYPE_CHECKING:
+    from worker.intake import Unready
 
 
 class Constraint(Protocol):
-    """Keeps one answer to a grammar. Made by the IO thread, then used by the main thread only."""
+    """Keeps one answer to a grammar. Called by the main thread only."""
+
+    @property
+    def failed(self) -> LmxError | None:
+        """Why the grammar cannot be kept any further; it then allows the end alone. Read by the IO thread."""
 
     def __call__(self, said: Sequence[int], logits: Any) -> Any:
         """Return a row of logits (1, vocabulary) with every token that may not come after `said` at -inf."""
@@ -50,6 +60,25 @@ class Job(msgspec.Struct, frozen=True, gc=False):
     #: Jobs with the same number, not 0, have the same prompt and may share its prefill.
     group: int = 0
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the tokens of the prompt are to be scored; only then may `max_tokens` be 0."""
+        return self.echo and self.logprobs is not None
+
+
+class EncodeJob(Job, frozen=True, gc=False):
+    """Sequences for an encoder: `prompt` holds the tokens of all, one after another, and each ends at one of `ends`.
+
+    `seconds` says for each from which of its own tokens on it is of the second text of a pair (its length: of none).
+    """
+
+    ends: list[int] = []
+    seconds: list[int] = []
+    #: Length of the vectors, 0 for the model's own.
+    dimensions: int = 0
+    #: The first sequence is a query; wanted is how near the others are to it.
+    ranks: bool = False
+
 
 class Remove(msgspec.Struct, frozen=True, gc=False):
     """Jobs that are no longer wanted; unknown ids are ignored."""
@@ -80,12 +109,49 @@ AT_LENGTH: Final = 2
 #: Job id, token id, and one of the three above. A plain tuple: thousands are made each second.
 Token = tuple[int, int, int]
 
+#: The token id of a job that ends without one: its prompt was to be scored, and nothing else.
+NO_TOKEN: Final = -1
+
+
+class Scored(NamedTuple):
+    """A token and the natural logarithm of its probability as the model saw it; None where nothing came before it.
+
+    `top` are the likeliest tokens of the position with theirs, likeliest first.
+    """
+
+    token: int
+    logprob: float | None
+    top: list[tuple[int, float]]
+
+
+Scores = Mapping[int, Sequence[Scored]]
+NO_SCORES: Final[Scores] = MappingProxyType({})
+
 
 class Stepped(NamedTuple):
-    """The tokens of one engine step. `step` counts every step, also those that only processed prompts."""
+    """The tokens of one engine step. `step` counts every step, also those that only processed prompts.
+
+    `scores` has, by job, those of the jobs that asked: of the token, and before its first one those of the prompt.
+    """
 
     step: int
     tokens: list[Token]
+    scores: Scores = NO_SCORES
+
+
+class Whole(NamedTuple):
+    """The answer to one job: the vectors of its sequences as little-endian float32, or what their scores are."""
+
+    job: int
+    vectors: list[bytes]
+    scores: list[float]
+
+
+class Answered(NamedTuple):
+    """The requests that one engine step completed, of a model that answers each in one piece."""
+
+    step: int
+    answers: list[Whole]
 
 
 class LoadProgress(NamedTuple):
@@ -114,7 +180,13 @@ class Finished(NamedTuple):
     message: str
 
 
-Event = Stepped | LoadProgress | Warming | Serving | Finished
+class Readied(NamedTuple):
+    """A request has been prepared by another thread."""
+
+    unready: "Unready"
+
+
+Event = Stepped | Answered | LoadProgress | Warming | Serving | Finished | Readied
 
 
 class Backend(Protocol):
@@ -127,14 +199,18 @@ class Backend(Protocol):
     def prefilling(self) -> bool:
         """Whether the next step processes prompt tokens."""
 
+    @property
+    def scores(self) -> Scores:
+        """What the last step's tokens were worth, for the jobs that asked: see `Stepped`."""
+
     def insert(self, job: Job) -> None:
         """Add a job to the batch."""
 
     def remove(self, jobs: Sequence[int]) -> None:
         """Take jobs out, at whatever stage they are; unknown ids are ignored."""
 
-    def step(self) -> list[Token]:
-        """Run one decode step and one prefill chunk; return what was decoded."""
+    def step(self) -> list[Token] | list[Whole]:
+        """Run one decode step and one prefill chunk; return what was decoded, or the answers that it completed."""
 
 
 class Said(NamedTuple):
@@ -159,11 +235,26 @@ class Answer(Protocol):
     def called(self) -> bool:
         """Whether the answer is, or ends with, tool calls."""
 
+    @property
+    def failed(self) -> LmxError | None:
+        """Why the answer cannot be gone on with, although it seems to end like any other."""
+
     def add(self, token: int) -> Said:
         """Return what is now certain."""
 
     def finish(self) -> Said:
         """Return what was held back, at the end of the generation."""
+
+
+class Pace(IntEnum):
+    """How long the preparing of a request takes, and by what."""
+
+    #: So little that everyone else may wait for it.
+    QUICK = 0
+    #: Milliseconds for each thousand words.
+    LONG_TEXT = 1
+    #: Up to seconds for what was meant to.
+    GRAMMAR = 2
 
 
 class Prepared(msgspec.Struct, frozen=True):
@@ -173,6 +264,18 @@ class Prepared(msgspec.Struct, frozen=True):
     max_tokens: int
     answer: Answer
     constraint: Constraint | None = None
+    #: The prompt as text, where the answer is to begin with it.
+    echo: str = ""
+
+
+class Vocabulary(Protocol):
+    """What the IO thread asks a model's tokenizer besides prompts and answers."""
+
+    def spell(self, scored: Scored) -> TokenLogprob:
+        """Return a scored token in words."""
+
+    def tokenize(self, submit: Submit) -> tuple[list[int], str]:
+        """Answer `Kind.TOKENIZE` and `Kind.DETOKENIZE` with both sides; raise `protocol.errors.LmxError`."""
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -180,7 +283,7 @@ class Loaded(msgspec.Struct, frozen=True):
 
     backend: Backend
     capabilities: Capabilities
-    #: Called by the IO thread; raises `protocol.errors.LmxError`.
+    #: Called by the IO thread and by those that `worker.intake` starts; raises `protocol.errors.LmxError`.
     prepare: Callable[[Submit], Prepared]
     #: Generates one token; whatever it raises ends the process.
     canary: Callable[[], None]
@@ -188,6 +291,12 @@ class Loaded(msgspec.Struct, frozen=True):
     memory: Callable[[], tuple[int, int, int]]
     #: Gives back buffers that are kept for reuse, if they are more bytes than this. Called by the main thread.
     relieve: Callable[[int], None] = lambda _above: None
+    #: Whether each request is answered with one message, at its end.
+    answers_whole: bool = False
+    #: None where the model has no tokens to speak of.
+    vocabulary: Vocabulary | None = None
+    #: How long `prepare` will take. Called by the IO thread.
+    pace: Callable[[Submit], Pace] = lambda _: Pace.QUICK
 
 
 class Status:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from protocol.control import Capabilities
+from protocol.encoder import Encoder
 from protocol.logs import event, exception_event
 from protocol.modelfolder import ModelFolder, ModelFolderError, inspect_model_folder
 from protocol.spec import MemoryLimits, WorkerSpec
@@ -31,10 +32,15 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
     """Load the model of `spec`; raise `FatalError` with an exit code and words for the operator."""
     folder = _inspect(Path(spec.path))
     report(0, folder.weight_bytes, "imports")
+    if folder.encoder is not None:
+        return _load_encoder(spec, folder, folder.encoder, report)
     import mlx.core as mx  # noqa: PLC0415 - takes 2 s with mlx_lm; the hello must be out before
 
     from worker.batch import BatchBackend  # noqa: PLC0415
+    from worker.completions import CompletionMaker, Kinds  # noqa: PLC0415
+    from worker.intake import pace_of_inputs  # noqa: PLC0415
     from worker.prompt import PromptMaker, find_context  # noqa: PLC0415
+    from worker.vocabulary import Words, special_ids  # noqa: PLC0415
 
     keep_to(spec.memory)
     model, tokenizer = _read(folder)
@@ -43,6 +49,9 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
     context = find_context(folder.max_model_len, tokenizer)
     prompts = PromptMaker(tokenizer, max_model_len=context, eos=eos)
     prompts.warm_up()
+    words = Words(tokenizer, _count_tokens(model, tokenizer), prompts.tokens)
+    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    completions = CompletionMaker(words, max_model_len=context, special=eos | special_ids(tokenizer), begin=begin)
     slots = spec.models.max_concurrent_requests
     backend = BatchBackend(model, eos, slots=slots, prefill_tokens=spec.models.prefill_step_tokens)
     return Loaded(
@@ -50,13 +59,15 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
         capabilities=Capabilities(
             max_model_len=context,
             weight_bytes=weight_bytes,
-            kinds=["chat"],
+            kinds=["chat", "completion", "tokenize"],
             max_concurrent_requests=slots,
             has_chat_template=prompts.has_chat_template,
         ),
-        prepare=prompts.prepare,
+        prepare=Kinds(prompts.prepare, completions.prepare, words.size),
+        pace=lambda submit: pace_of_inputs(submit) if submit.inputs else prompts.pace(submit),
         canary=Canary(backend, len(tokenizer)),
         memory=lambda: (mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory()),
+        vocabulary=words,
         relieve=relieve,
     )
 
@@ -79,6 +90,16 @@ def relieve(above_bytes: int) -> None:
     if kept > above_bytes:
         mx.clear_cache()
         event("buffers_cleared", buffer_bytes=kept)
+
+
+def _load_encoder(spec: WorkerSpec, folder: ModelFolder, encoder: Encoder, report: Report) -> Loaded:
+    from worker.embedding import read_encoder_model, serve_encoder  # noqa: PLC0415 - the hello must be out before
+
+    try:
+        model, tokenizer = read_encoder_model(folder, encoder)
+    except Exception as error:  # a broken folder raises anything: the boundary of loading
+        raise _explain(error, folder) from error
+    return serve_encoder(spec, encoder, model, tokenizer, _materialise(model, report))
 
 
 class Canary:
@@ -122,6 +143,13 @@ def _read(folder: ModelFolder) -> tuple[Any, Any]:
     except Exception as error:  # a broken folder raises anything: the boundary of loading
         raise _explain(error, folder) from error
     return model, tokenizer
+
+
+def _count_tokens(model: Any, tokenizer: Any) -> int:
+    """Return how many ids are tokens to both: a tokenizer may know tokens that the model has no row for."""
+    known = max(tokenizer.get_vocab().values(), default=0) + 1
+    rows = getattr(getattr(model, "args", None), "vocab_size", None)
+    return min(known, rows) if isinstance(rows, int) else known
 
 
 def _materialise(model: Any, report: Report) -> int:

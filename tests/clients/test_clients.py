@@ -13,10 +13,12 @@ import pytest
 from tests.clients.environments import HERE, LOCKS, MADE
 from tests.clients.matrix import CLIENTS, Client, rows_of
 from tests.harness import Lmx
-from tests.modelkit import embedding_model
+from tests.modelkit import builtin_model
 
 CHAT, EMBEDDER = "smollm2-135m-instruct", "all-minilm-l6-v2"
 _WITHIN_S = 400
+# Importing some of these takes most of a minute on a cold, busy machine.
+pytestmark = pytest.mark.timeout(_WITHIN_S + 60)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def lmx(real_model: Path) -> Iterator[Lmx]:
     running = Lmx(LMX_WORKER__BLAS_THREADS="2").start()
     try:
         running.load(real_model, CHAT)
-        running.load(embedding_model(), EMBEDDER)
+        running.load(builtin_model(EMBEDDER), EMBEDDER)
         yield running
     finally:
         running.close()

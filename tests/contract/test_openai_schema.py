@@ -1,67 +1,10 @@
-"""What a real gateway answers has the shape that OpenAI publishes. `openai.json` is a cut of its description (MIT)."""
-
-import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+"""What a real gateway answers has the shape that OpenAI publishes; `tests/e2e/test_gateway_answers.py` checks more."""
 
 import pytest
 
 from protocol.data import Finish
+from tests.contract.openai_schema import check, faults
 from tests.e2e.gateway_harness import Stack, chunks, stack
-
-SCHEMAS: dict[str, Any] = json.loads(Path(__file__).with_name("openai.json").read_text())["components"]["schemas"]
-TYPES: dict[str, Any] = {
-    "object": dict,
-    "array": list,
-    "string": str,
-    "integer": int,
-    "number": (int, float),
-    "boolean": bool,
-    "null": type(None),
-}
-
-
-def faults(value: Any, schema: dict[str, Any], at: str = "$") -> Iterator[str]:
-    """Yield where `value` does not have the shape; knows every keyword of `openai.json`, `format` being a remark."""
-    known = {
-        "type",
-        "properties",
-        "required",
-        "items",
-        "enum",
-        "anyOf",
-        "oneOf",
-        "additionalProperties",
-        "format",
-        "$ref",
-    }
-    assert schema.keys() <= known, schema.keys() - known
-    if "$ref" in schema:
-        yield from faults(value, SCHEMAS[schema["$ref"].rsplit("/", 1)[1]], at)
-        return
-    choices = schema.get("anyOf") or schema.get("oneOf")
-    if choices and all(any(faults(value, choice, at)) for choice in choices):
-        yield f"{at}: fits none of {len(choices)} choices"
-    if "enum" in schema and value not in schema["enum"]:
-        yield f"{at}: {value!r} is not one of {schema['enum']}"
-    if "type" in schema:
-        fits = isinstance(value, TYPES[schema["type"]]) and (schema["type"] == "boolean" or not isinstance(value, bool))
-        if not fits:
-            yield f"{at}: {value!r} is no {schema['type']}"
-            return
-    if isinstance(value, dict):
-        yield from (f"{at}.{name}: missing" for name in schema.get("required", ()) if name not in value)
-        for name, inner in schema.get("properties", {}).items():
-            if name in value:
-                yield from faults(value[name], inner, f"{at}.{name}")
-    if isinstance(value, list) and "items" in schema:
-        for index, item in enumerate(value):
-            yield from faults(item, schema["items"], f"{at}[{index}]")
-
-
-def check(value: Any, schema: str) -> None:
-    assert list(faults(value, {"$ref": f"#/{schema}"})) == []
 
 
 def test_the_checker_finds_faults() -> None:

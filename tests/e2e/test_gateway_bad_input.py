@@ -36,7 +36,7 @@ BODIES: list[tuple[bytes, int, str, str | None]] = [
     (GOOD[:-1] + b',"max_tokens":1' + b"0" * 400 + b"}", 400, "invalid_value", "max_tokens"),
     (GOOD[:-1] + b',"temperature":1e400}', 400, "invalid_value", "temperature"),
     (GOOD[:-1] + b',"temperature":NaN}', 400, "invalid_json", None),
-    (msgspec.json.encode(chat_body(tools=[{}])), 400, "unsupported_parameter", "tools"),
+    (msgspec.json.encode(chat_body(tools=[{}])), 400, "missing_field", "tools[0].type"),
     (msgspec.json.encode(chat_body(model="../../etc/passwd\0")), 404, "model_not_found", "model"),
     (msgspec.json.encode(chat_body(model="x" * 100_000)), 404, "model_not_found", "model"),
 ]

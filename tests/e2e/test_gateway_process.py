@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import psutil
@@ -191,6 +192,17 @@ def test_a_bad_spec_is_a_usage_or_configuration_error(argument: str | None) -> N
     result = subprocess.run(argv, cwd=ROOT, capture_output=True, check=False, text=True)
     assert result.returncode == (WorkerExit.BAD_CONFIG if argument else WorkerExit.USAGE)
     assert result.stderr.startswith("gateway: " if argument else "usage: ")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b'{"incarnation": "\xc3', b"[" * 100_000, b"{}", b""])
+def test_a_damaged_spec_is_a_configuration_error_and_no_traceback(content: bytes, tmp_path: Path) -> None:
+    spec = tmp_path / "spec.json"
+    spec.write_bytes(content)
+    argv = [sys.executable, "-m", "gateway", str(spec)]
+    result = subprocess.run(argv, cwd=ROOT, capture_output=True, check=False, text=True)
+    assert result.returncode == WorkerExit.BAD_CONFIG
+    assert result.stderr.startswith(f"gateway: {spec}: ")
+    assert "Traceback" not in result.stderr
 
 
 def test_it_imports_no_model_code() -> None:

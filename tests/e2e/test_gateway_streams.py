@@ -61,6 +61,8 @@ async def test_a_request_reaches_the_worker_whole() -> None:
         }
         assert answer.headers["x-request-id"] == "my-id_1.2"
         assert answer.headers["x-lmx-ignored"] == "frobnicate"
+        # Written behind the answer.
+        await until(lambda: any(e["event"] == "http_request" and e["method"] == "POST" for e in lmx.gateway.events()))
         logged = {e["event"]: e for e in lmx.gateway.events()}
         assert logged["inference_complete"]["completion_tokens"] == 2
         assert logged["http_request"]["request_id"] == "my-id_1.2"

@@ -20,4 +20,6 @@ list of them) or from a marker in the last message of a request:
     [[ballast 150]]          holds so many MB from now on, and answers
     [[drop]]                 holds no ballast any more, and answers
     [[tokens 500]]           an answer of 500 tokens
+    [[think]]                the first five tokens are reasoning
+    [[call]]                 the answer is a tool call, its text the argument
 """

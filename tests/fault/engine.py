@@ -10,14 +10,16 @@ from protocol.control import Capabilities
 from protocol.data import Submit
 from protocol.errors import LmxError
 from protocol.spec import WorkerSpec
+from tests.fault.answers import CallingAnswer, ThinkingAnswer
 from tests.fault.plan import FaultPlan, commit, marker, read_plan
 from worker.detok import AnswerText, StopStrings, TokenText
-from worker.jobs import AT_LENGTH, AT_STOP, GOES_ON, Job, Loaded, Prepared, Token
+from worker.jobs import AT_LENGTH, AT_STOP, GOES_ON, NO_SCORES, Answer, Job, Loaded, Prepared, Token
 from worker.prompt import check_stops
 
 #: Prompt "tokens" that carry a fault to the engine: base + index of the word, then its numbers.
 _WORDS = ("abort", "segv", "kill", "exit", "raise", "freeze", "seize", "leak", "fork", "tokens", "ballast", "drop")
 _MARKED = -1
+_ANSWERS: dict[str, Callable[[Answer], Answer]] = {"think": ThinkingAnswer, "call": CallingAnswer}
 
 
 def text_of(tokens: list[int]) -> str:
@@ -26,6 +28,8 @@ def text_of(tokens: list[int]) -> str:
 
 class CountingBackend:
     """`worker.jobs.Backend`: the n-th token of each answer is n; the first step of a job is its prefill."""
+
+    scores = NO_SCORES
 
     def __init__(self, plan: FaultPlan) -> None:
         self._plan = plan
@@ -114,18 +118,21 @@ class CountingBackend:
 
 def prepare(submit: Submit, plan: FaultPlan) -> Prepared:
     """Make one "token" of each word, and of the marker what the engine understands."""
-    words = sum(len(message.content.split()) for message in submit.messages) or 1
+    inputs = [text for text in submit.inputs if isinstance(text, str)]
+    texts = [message.content for message in submit.messages] or inputs or [""]
+    words = sum(len(text.split()) for text in texts) or 1
     if words >= plan.max_model_len:
         msg = f"The prompt has {words} tokens; this model's context is {plan.max_model_len} tokens"
         raise LmxError("context_length_exceeded", msg, param="messages")
     stops = check_stops(submit.sampling.stop)
-    word, numbers = marker(submit.messages[-1].content)
+    word, numbers = marker(texts[-1])
     prompt = [0] * words
     if word in _WORDS:
         prompt = [_MARKED, _WORDS.index(word), *numbers, len(numbers)]
     room = plan.max_model_len - len(prompt)
     limit = room if submit.sampling.max_tokens is None else min(submit.sampling.max_tokens, room)
-    return Prepared(prompt, limit, AnswerText(TokenText(text_of, frozenset()), StopStrings(stops)))
+    answer = AnswerText(TokenText(text_of, frozenset()), StopStrings(stops))
+    return Prepared(prompt, limit, _ANSWERS[word](answer) if word in _ANSWERS else answer)
 
 
 def load(spec: WorkerSpec, report: Callable[[int, int, str], None]) -> Loaded:

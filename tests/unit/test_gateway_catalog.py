@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from gateway.bell import Bell
 from gateway.catalog import CatalogView, not_ready
 from gateway.control import Lease
 from gateway.middleware import canonical_path, request_id
@@ -107,30 +108,32 @@ def test_rids_fit_and_differ_over_restarts() -> None:
     assert all(0 < rid < 2**63 for rid in made)
 
 
-def in_a_worker(limit: int, *, streams: bool) -> Request:
-    """A request that a worker has been asked for."""
+def in_a_worker(limit: int, *, streams: bool) -> tuple[Request, Bell[Request]]:
+    """A request that a worker has been asked for, and what it rings."""
     submit = Submit(1, 1, Kind.CHAT, [ChatMessage("user", "hi")], Sampling(), 10.0)
-    request = Request("m", submit, limit=limit, streams=streams, continues=False, deadline_at=time.monotonic() + 10)
+    bell = Bell[Request](blocked=not streams)
+    deadline_at = time.monotonic() + 10
+    request = Request("m", submit, bell, limit=limit, streams=streams, continues=False, deadline_at=deadline_at)
     request.submitted()
-    return request
+    return request, bell
 
 
 async def test_a_request_merges_what_its_reader_has_not_taken() -> None:
-    request = in_a_worker(100, streams=True)
+    request, bell = in_a_worker(100, streams=True)
     assert request.accept(5, 0)
     for text in "abc":
         assert request.add(Delta(1, text, [1]))
-    await request.changed()
+    assert await bell.news() == [request]
     assert request.take() == "abc"
     assert request.take() == ""
     assert request.state is RequestState.STREAMING
     request.add(Delta(1, "d", [1], Finish.STOP, Usage(5, 4)))
-    await request.changed()
+    assert await bell.news() == [request]
     assert (request.take(), request.finish, request.ended) == ("d", Finish.STOP, True)
 
 
 async def test_states_only_move_forward() -> None:
-    request = in_a_worker(100, streams=True)
+    request, _bell = in_a_worker(100, streams=True)
     assert not request.add(Delta(1, "x", [1]))
     assert request.accept(5, 0)
     assert not request.accept(5, 0)
@@ -142,22 +145,22 @@ async def test_states_only_move_forward() -> None:
 
 
 async def test_only_a_blocked_reader_overflows() -> None:
-    request = in_a_worker(10, streams=True)
+    request, bell = in_a_worker(10, streams=True)
     cut: list[bool] = []
-    request.on_overflow = lambda: cut.append(True)
+    bell.on_overflow = lambda: cut.append(True)
     request.accept(5, 0)
     request.add(Delta(1, "é" * 6, [1]))
     assert not request.ended
-    request.blocked = True
+    bell.blocked = True
     request.add(Delta(1, "x", [1]))
     assert request.state is RequestState.FAILED
     assert cut == [True]
-    assert request.client_gone
+    assert bell.client_gone
     assert request.take() == ""
 
 
 async def test_an_endless_whole_answer_is_the_workers_fault() -> None:
-    request = in_a_worker(10, streams=False)
+    request, _bell = in_a_worker(10, streams=False)
     request.accept(5, 0)
     request.add(Delta(1, "x" * 11, [1]))
     assert request.error is not None

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from tests.chaos.history import Outcome, Reference, check
+from tests.chaos.history import Outcome, Reference, check, ended_by_two_deaths
 
 REFERENCES = {"a": Reference("one two three", "length", 3), "b": Reference("other words", "stop", 2)}
 
@@ -51,3 +51,15 @@ def test_a_good_history_passes() -> None:
 )
 def test_each_broken_promise_is_found(outcome: Outcome) -> None:
     assert broken(outcome)
+
+
+def test_only_a_second_death_of_its_own_process_excuses_the_end_of_a_request() -> None:
+    crashed = {"code": "worker_crashed", "request_id": "req_1"}
+    ended = good(error=crashed, text="one", finish=None)
+    assert ended_by_two_deaths(ended, [(10.5, "m"), (11.5, "m")])
+    for second in ((10.5, "other"), (9.5, "m"), (12.5, "m")):
+        assert not ended_by_two_deaths(ended, [(10.5, "m"), second])
+    twice = [(10.5, "m"), (11.5, "m")]
+    assert not ended_by_two_deaths(good(), twice)
+    assert not ended_by_two_deaths(good(error={"code": "timeout"}), twice)
+    assert not ended_by_two_deaths(good(cut="ReadError"), twice)

@@ -97,7 +97,8 @@ def test_what_names_nothing_is_refused_in_one_line_of_words(home: Home, text: st
 
 
 def test_the_refusal_says_what_may_be_given(home: Home) -> None:
-    with pytest.raises(UnknownModelError, match=f"give an id \\({BUILTIN}\\), a folder, or a Hugging Face repository"):
+    known = f"give an id \\(all-minilm-l6-v2, {BUILTIN}\\), a folder, or a Hugging Face repository"
+    with pytest.raises(UnknownModelError, match=known):
         resolve("nothing", home)
 
 

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol import paths
 from protocol.paths import MAX_SOCKET_PATH_BYTES, Home, UnsafeHomeError, default_home, slot_name
+from protocol.states import CliExit
+from supervisor.cli import cli
 
 HOSTILE = [
     "", ".", "..", "/", "../../etc/passwd", "a/../b", "-rf", "a b", "a\nb", "a\x00b", "模型", "ÄÖÜ", "\udc80",
@@ -185,6 +188,17 @@ def test_the_home_is_lmx_home_or_a_folder_of_the_user(monkeypatch: pytest.Monkey
     assert default_home() == Path("/home/somebody/.lmx")
     monkeypatch.setenv("LMX_HOME", "~/x")
     assert default_home() == Path("/home/somebody/x")
+
+
+@pytest.mark.parametrize("user", ["~no-such-user", "~no-such-user/lmx"])
+@pytest.mark.parametrize("way", ["variable", "option"])
+@pytest.mark.parametrize("command", ["status", "run", "stop"])
+def test_the_home_of_an_unknown_user_is_refused_with_words(way: str, command: str, user: str) -> None:
+    option = ["--home", user] if way == "option" else []
+    environ = {"LMX_HOME": user} if way == "variable" else {}
+    done = CliRunner(env=environ).invoke(cli, [*option, command])
+    assert done.exit_code == CliExit.BAD_CONFIG == 5
+    assert done.output == f"error: {user} names the home of nobody this machine knows: choose another LMX_HOME\n"
 
 
 def test_a_relative_home_does_not_follow_us_around(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

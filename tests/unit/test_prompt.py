@@ -105,7 +105,7 @@ def test_a_template_that_fails_is_told_in_our_words(tokenizer: Any, template: st
 
 def test_a_model_without_a_template_continues_a_transcript(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = maker(tokenizer)
-    monkeypatch.setattr(type(prompts), "has_chat_template", False)
+    monkeypatch.setattr(type(prompts._template), "exists", False)
     prepared = prompts.prepare(submit(ChatMessage("system", "be"), ChatMessage("user", "the sea")))
     assert tokenizer.decode(prepared.prompt) == "system: be\nuser: the sea\nassistant:"
 

@@ -2,12 +2,16 @@
 
 import json
 from typing import Any
+from unittest.mock import Mock
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.schemas import CompletionUsage, PromptTokensDetails
-from gateway.sse import DONE, KEEPALIVE, ChunkWriter, frame, json_line
+from gateway.chunks import ChatChunks, TextChunks
+from gateway.requests import Extras, Request
+from gateway.responses import CompletionUsage, PromptTokensDetails
+from gateway.sse import DONE, KEEPALIVE, frame, json_line
+from protocol.data import Delta, Finish, TokenLogprob, ToolDelta, TopLogprob
 
 any_text = st.text(st.characters(exclude_categories=["Cs"])) | st.text(
     "ab\n\r\x85\u2028\u2029\x0b\x0c\x1c ", max_size=9
@@ -48,7 +52,7 @@ def test_named_events() -> None:
 
 @given(any_text, any_text, st.booleans())
 def test_content_chunks_carry_any_text(text: str, model: str, usage: bool) -> None:
-    chunk = ChunkWriter("chatcmpl-1", 5, model, "fp", include_usage=usage).content(text)
+    chunk = ChatChunks("chatcmpl-1", 5, model, "fp", usage=usage).content(0, text)
     # `splitlines` ends lines in eleven places, as httpx does: only the two of the frame may remain.
     first, second = chunk.decode().splitlines()
     assert second == ""
@@ -58,22 +62,59 @@ def test_content_chunks_carry_any_text(text: str, model: str, usage: bool) -> No
     assert ("usage" in body) is usage
 
 
+def pieces(writer: ChatChunks | TextChunks, delta: Delta) -> list[dict[str, Any]]:
+    """What the stream of a request that got one delta holds, each event on one line whoever splits it."""
+    request = Mock(spec=Request)
+    extras = Extras([delta.reasoning] if delta.reasoning else [], delta.tool_calls, delta.logprobs)
+    request.extras = extras if delta.reasoning or delta.tool_calls or delta.logprobs else None
+    request.take.return_value = delta.text
+    request.take_extras.return_value = extras
+    lines = writer.piece(0, request).decode().splitlines()
+    assert lines[1::2] == [""] * (len(lines) // 2)
+    return [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines[::2]]
+
+
+@settings(deadline=None)
+@given(any_text, any_text, any_text, any_text)
+def test_every_kind_of_chunk_carries_any_text(text: str, thought: str, arguments: str, token: str) -> None:
+    logprob = TokenLogprob(token, -1.0, token.encode(), [TopLogprob(token, -1.0, token.encode())])
+    delta = Delta(1, text, [1], None, None, thought, [ToolDelta(0, "c", "f", arguments)], [logprob])
+    found = pieces(ChatChunks("a", 1, "m", "fp", usage=False), delta)
+    deltas = [choice["delta"] for choice in found]
+    assert "".join(delta.get("content", "") for delta in deltas) == text
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == thought
+    (call,) = [call for delta in deltas for call in delta.get("tool_calls", [])]
+    function = {"name": "f", "arguments": arguments}
+    assert call == {"index": 0, "id": "c", "type": "function", "function": function}
+    # Logprobs come once, whatever came with them.
+    (scored,) = [choice["logprobs"]["content"] for choice in found if choice["logprobs"]]
+    assert (scored[0]["token"], bytes(scored[0]["bytes"]).decode()) == (token, token)
+    (choice,) = pieces(TextChunks("a", 1, "m", "fp", usage=False), delta)
+    assert (choice["text"], choice["logprobs"]["tokens"]) == (text, [token])
+
+
 @given(any_text)
 def test_json_line_is_json(text: str) -> None:
     assert json.loads(json_line(text)) == text
 
 
 def test_no_chunk_has_an_id_field() -> None:
-    writer = ChunkWriter("a", 1, "m", "fp", include_usage=True)
+    writer = ChatChunks("a", 1, "m", "fp", usage=True)
     usage = CompletionUsage(1, 2, 3, PromptTokensDetails(0))
-    stream = writer.role() + KEEPALIVE + writer.content("id: 5\nid: 6") + writer.finish("stop") + writer.usage(usage)
+    stream = (
+        writer.begin(0)
+        + KEEPALIVE
+        + writer.content(0, "id: 5\nid: 6")
+        + writer.finish(0, Finish.STOP)
+        + writer.usage(usage)
+    )
     assert not [line for line in stream.split(b"\n") if line.startswith(b"id")]
 
 
 def test_one_stream_from_end_to_end() -> None:
-    writer = ChunkWriter("a", 1, "m", "fp", include_usage=True)
+    writer = ChatChunks("a", 1, "m", "fp", usage=True)
     usage = CompletionUsage(1, 2, 3, PromptTokensDetails(0))
-    stream = writer.role() + writer.content("hi") + writer.finish("length") + writer.usage(usage) + DONE
+    stream = writer.begin(0) + writer.content(0, "hi") + writer.finish(0, Finish.LENGTH) + writer.usage(usage) + DONE
     *bodies, last = [data for _, data in events(stream)]
     parsed: list[dict[str, Any]] = [json.loads(body) for body in bodies]
     assert last == "[DONE]"

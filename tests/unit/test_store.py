@@ -3,6 +3,8 @@
 import errno
 import hashlib
 import json
+import random
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -122,7 +124,7 @@ def test_state_of_a_newer_version_is_not_durable_and_says_why(home: Home, store:
     with logged() as seen:
         assert store.load() == (None, Runtime())
         store.save_desired(DESIRED)
-    assert names(seen) == ["state_recovered", "state_not_durable"]
+    assert names(seen) == ["state_recovered", "runtime_state_load_failed", "state_not_durable"]
     assert "newer version" in store.problem
 
 
@@ -159,17 +161,6 @@ def test_a_whole_file_of_the_wrong_shape_is_reported_and_not_taken(home: Home, s
     assert store.load()[0] == DESIRED
 
 
-def test_a_whole_file_of_the_wrong_shape_falls_back_to_the_one_before(home: Home, store: Store) -> None:
-    store.save_desired(DESIRED)
-    store.save_desired(Desired())
-    raw(home.state / "desired", "lmx.desired", b'{"models": 7}')
-    with logged() as seen:
-        assert store.load()[0] == DESIRED
-    assert names(seen) == ["state_recovered"]
-    assert "another shape" in seen[0]["reason"]
-    assert (home.state / "desired.bad").exists()
-
-
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="tells files apart by /proc")
 def test_what_the_disk_did_not_take_is_saved_once_it_can(home: Home, store: Store, disk: Disk) -> None:
     store.save_desired(Desired())
@@ -185,6 +176,68 @@ def test_what_the_disk_did_not_take_is_saved_once_it_can(home: Home, store: Stor
     synced = disk.synced
     store.try_again()
     assert disk.synced == synced, "nothing is written while nothing is missing"
+
+
+@pytest.mark.parametrize("name", ["desired", "runtime"])
+@pytest.mark.parametrize("payload", [[], 7, {"models": 1, "pid": "x"}, {"models": [{}], "children": [{"pid": 1}]}])
+def test_a_whole_file_of_the_wrong_shape_gives_the_previous_one_and_says_so_in_the_journal(
+    home: Home, name: str, payload: object
+) -> None:
+    journal = Journal(home.state / "events.jsonl")
+    store = Store(home, current_platform(), journal.write)
+    for number in (1, 2):  # the first of these becomes the previous one
+        store.save_desired(Desired(unloaded=(f"model-{number}",)))
+        store.save_runtime(Runtime(pid=number))
+    raw(home.state / name, f"lmx.{name}", msgspec.json.encode(payload))
+    desired, runtime = Store(home, current_platform(), journal.write).load()
+    assert desired == Desired(unloaded=("model-1" if name == "desired" else "model-2",))
+    assert runtime.pid == (1 if name == "runtime" else 2)
+    (entry,) = lines(home.state / "events.jsonl")
+    assert (entry["event"], entry["file"]) == ("state_recovered", name)
+    assert entry["reason"].startswith(f"{name}: the contents have another shape: ")
+    assert (home.state / f"{name}.bad").exists(), "kept aside for whoever wants to know"
+
+
+@pytest.mark.parametrize("number", [-1, 2**53, 10**400])
+def test_a_number_that_could_not_be_written_again_or_signalled_is_not_taken(home: Home, number: int) -> None:
+    for field in ("incarnation", "pid"):
+        raw(home.state / "runtime", "lmx.runtime", b'{"%s":%d}' % (field.encode(), number))
+        store = Store(home, current_platform())
+        with logged():
+            _, runtime = store.load()
+        assert runtime == Runtime()
+        store.save_runtime(runtime)
+        assert store.durable
+    child = {"slot": "", "model": "", "incarnation": 1, "pid": 0, "started": 1.0}
+    raw(home.state / "runtime", "lmx.runtime", json.dumps({"children": [child]}).encode())
+    with logged():
+        assert Store(home, current_platform()).load()[1].children == (), "pid 0 is our own process group"
+
+
+def test_no_payload_with_a_good_checksum_raises_and_what_is_taken_can_be_saved_again(
+    home: Home, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.fsync", lambda _: None)  # a thousand of them are not what is tested
+    chance = random.Random(20_260_102)
+    whole = msgspec.json.encode(RUNTIME), msgspec.json.encode(DESIRED)
+    values = [b"null", b"-1", b"[]", b"{}", b'"x"', b"1e400", b"9" * 400, b"true", b"[[1]]", b'"\\ud800"']
+    taken = 0
+    with logged() as seen:
+        for _ in range(1_000):
+            for name, payload in zip(("runtime", "desired"), whole, strict=True):
+                found = [m.span() for m in re.finditer(rb'(?:"[^"]*"|[0-9.]+)(?!:)|[\[{]', payload)]
+                start, end = chance.choice(found)
+                raw(home.state / name, f"lmx.{name}", payload[:start] + chance.choice(values) + payload[end:])
+            store = Store(home, disk)  # type: ignore[arg-type]
+            desired, runtime = store.load()
+            store.save_runtime(runtime)
+            store.save_desired(desired or Desired())
+            assert store.durable, store.problem
+            taken += desired is not None
+            for file in home.state.iterdir():
+                file.unlink()
+    assert "state_not_durable" not in names(seen)
+    assert 0 < taken < 1_000
 
 
 def test_unknown_fields_of_a_later_release_are_ignored(home: Home, store: Store) -> None:

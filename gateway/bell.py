@@ -1,0 +1,62 @@
+"""What wakes the one task that answers a client, whichever of the call's requests has news."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+
+class _Ringer(Protocol):
+    #: Whether it has rung since it was last listed.
+    rung: bool
+
+
+RingerT = TypeVar("RingerT", bound=_Ringer)
+
+
+class Bell(Generic[RingerT]):
+    """One per call. Requests ring as frames arrive; the task that writes the answer waits."""
+
+    def __init__(self, *, blocked: bool = False) -> None:
+        #: The client has closed its connection.
+        self.client_gone = False
+        #: The task takes nothing now: it is stuck in a write, or takes all at the end.
+        self.blocked = blocked
+        #: Called when more waits for the client than may.
+        self.on_overflow: Callable[[], None] | None = None
+        self._rung: list[RingerT] = []
+        self._dirty = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._loop = asyncio.get_running_loop()
+
+    def ring(self, ringer: RingerT) -> None:
+        """Tell that this one has news."""
+        if not ringer.rung:
+            ringer.rung = True
+            self._rung.append(ringer)
+        self.wake()
+
+    def leave(self) -> None:
+        """The client has gone."""
+        self.client_gone = True
+        self.wake()
+
+    def wake(self) -> None:
+        """Let `news` return."""
+        self._dirty = True
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def news(self) -> list[RingerT]:
+        """Wait until something happened since the last call returned; return who rang. For one task only."""
+        if not self._dirty:
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        self._dirty = False
+        rung, self._rung = self._rung, []
+        for ringer in rung:
+            ringer.rung = False
+        return rung

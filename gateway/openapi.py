@@ -1,0 +1,161 @@
+"""`/openapi.json`: what this server offers, assembled from the types and tables that the code itself uses."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from gateway import parameters, responses
+from gateway.errors import send_json
+from gateway.parameters import Parameters
+from gateway.sampling import LOGIT_BIAS, MAX_CHOICES, MAX_TOP_LOGPROBS, MIN_P, PENALTY, REPETITION, TOP_P, Range
+from gateway.validate import MAX_BEST_OF, MAX_LEGACY_LOGPROBS
+from protocol import __version__
+
+_REF: Final = "#/components/schemas/{name}"
+
+
+class Operation(NamedTuple):
+    """One route: what it takes and what it gives. `chunk`: an event of it, where it can stream."""
+
+    method: str
+    path: str
+    summary: str
+    response: type[msgspec.Struct]
+    takes: Parameters | None = None
+    chunk: type[msgspec.Struct] | None = None
+    parameters: tuple[Mapping[str, Any], ...] = ()
+
+
+_MODEL_ID: Final = MappingProxyType({"name": "id", "in": "path", "required": True, "schema": {"type": "string"}})
+OPERATIONS: Final = (
+    Operation(
+        "post",
+        "/v1/chat/completions",
+        "Answer a conversation",
+        responses.ChatCompletion,
+        parameters.CHAT,
+        responses.ChatCompletionChunk,
+    ),
+    Operation(
+        "post",
+        "/v1/completions",
+        "Go on from a prompt",
+        responses.Completion,
+        parameters.COMPLETION,
+        responses.Completion,
+    ),
+    Operation("post", "/v1/embeddings", "Vectors of texts", responses.EmbeddingList, parameters.EMBEDDING),
+    Operation("post", "/v1/rerank", "Order documents by relevance to a query", responses.Ranking, parameters.RERANK),
+    Operation("post", "/v1/tokenize", "Tokens of a text or conversation", responses.Tokens, parameters.TOKENIZE),
+    Operation("post", "/v1/detokenize", "Text of tokens", responses.Detokenized, parameters.DETOKENIZE),
+    Operation("get", "/v1/models", "Every model, in whatever state", responses.ModelList),
+    Operation("get", "/v1/models/{id}", "One model", responses.ModelCard, parameters=(_MODEL_ID,)),
+    Operation("get", "/healthz", "Whether the server runs", responses.Health),
+    Operation("get", "/readyz", "Whether a request has a chance; 503 if not", responses.Health),
+)
+
+#: What the numbers of a request may be. The types do not say: `gateway.sampling` checks, with better words.
+_BOUNDS: Final[Mapping[str, tuple[float, float]]] = MappingProxyType(
+    {
+        "frequency_penalty": (PENALTY.low, PENALTY.high),
+        "min_p": (MIN_P.low, MIN_P.high),
+        "n": (1, MAX_CHOICES),
+        "presence_penalty": (PENALTY.low, PENALTY.high),
+        "temperature": (0, 2),
+        "top_logprobs": (0, MAX_TOP_LOGPROBS),
+        "best_of": (1, MAX_BEST_OF),
+    }
+)
+_ABOVE: Final[Mapping[str, Range]] = MappingProxyType({"repetition_penalty": REPETITION, "top_p": TOP_P})
+
+
+class OpenApi:
+    """The endpoint."""
+
+    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        """Answer."""
+        await send_json(send, 200, self._body, [])
+
+    @cached_property
+    def _body(self) -> bytes:
+        """Made when it is first asked for."""
+        return msgspec.json.encode(document())
+
+
+def document() -> dict[str, Any]:
+    """Return the OpenAPI document."""
+    kinds = {operation.response for operation in OPERATIONS}
+    kinds |= {operation.chunk for operation in OPERATIONS if operation.chunk is not None}
+    kinds |= {operation.takes.request for operation in OPERATIONS if operation.takes is not None}
+    kinds |= {responses.ErrorEnvelope, responses.Problem}
+    in_order = sorted(kinds, key=lambda kind: kind.__name__)
+    _, schemas = msgspec.json.schema_components(in_order, ref_template=_REF)
+    for operation in OPERATIONS:
+        if operation.takes is not None:
+            _complete(schemas[operation.takes.request.__name__]["properties"], operation.takes)
+    paths: dict[str, Any] = {}
+    for operation in OPERATIONS:
+        paths.setdefault(operation.path, {})[operation.method] = _described(operation)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "LMX",
+            "version": __version__,
+            "description": "Language models behind OpenAI's API. Every path works with and without /v1.",
+        },
+        "servers": [{"url": "/"}],
+        "paths": paths,
+        "components": {"schemas": schemas},
+    }
+
+
+def _described(operation: Operation) -> dict[str, Any]:
+    content: dict[str, Any] = {"application/json": {"schema": _ref(operation.response)}}
+    if operation.chunk is not None:
+        # Each `data:` line holds one, but the last, which is [DONE].
+        content["text/event-stream"] = {"schema": {"type": "string"}, "x-event-schema": _ref(operation.chunk)}
+    failed = {
+        "application/json": {"schema": _ref(responses.ErrorEnvelope)},
+        "application/problem+json": {"schema": _ref(responses.Problem)},
+    }
+    described: dict[str, Any] = {
+        "operationId": f"{operation.method}_{operation.path.strip('/').replace('/', '_').strip('{}')}",
+        "summary": operation.summary,
+        "responses": {
+            "200": {"description": operation.response.__doc__, "content": content},
+            "default": {"description": responses.ErrorEnvelope.__doc__, "content": failed},
+        },
+    }
+    if operation.path == "/readyz":
+        described["responses"]["503"] = described["responses"]["200"]
+    if operation.parameters:
+        described["parameters"] = [dict(parameter) for parameter in operation.parameters]
+    if operation.takes is not None:
+        body = {"application/json": {"schema": _ref(operation.takes.request)}}
+        described["requestBody"] = {"required": True, "content": body}
+    return described
+
+
+def _complete(properties: dict[str, Any], takes: Parameters) -> None:
+    """Say what the types do not: bounds, and the parameters that are refused or have no effect."""
+    for name, schema in properties.items():
+        if name in _BOUNDS:
+            schema["minimum"], schema["maximum"] = _BOUNDS[name]
+        elif name in _ABOVE:
+            schema["exclusiveMinimum"], schema["maximum"] = _ABOVE[name].low, _ABOVE[name].high
+    if "logit_bias" in properties:
+        properties["logit_bias"]["description"] = f"Token id to a bias, {LOGIT_BIAS.low:g} to {LOGIT_BIAS.high:g}."
+    if takes is parameters.COMPLETION:
+        properties["logprobs"].update(minimum=0, maximum=MAX_LEGACY_LOGPROBS)
+    for name, values in takes.neutral.items():
+        properties[name] = {"enum": [None, *values], "description": "Not supported: any other value is refused."}
+    for name in sorted(takes.without_effect):
+        properties[name] = {"description": "Accepted without effect."}
+
+
+def _ref(kind: type[msgspec.Struct]) -> dict[str, str]:
+    return {"$ref": _REF.format(name=kind.__name__)}

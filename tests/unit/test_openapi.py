@@ -1,0 +1,70 @@
+"""The OpenAPI document and the page of parameters say what the code does."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+from gateway.app import build_app
+from gateway.catalog import CatalogView
+from gateway.openapi import OPERATIONS, document
+from gateway.traffic import Traffic
+from protocol.config import GatewayConfig
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def references(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        if isinstance(value.get("$ref"), str):
+            yield value["$ref"]
+        for inner in value.values():
+            yield from references(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from references(inner)
+
+
+def test_every_reference_leads_somewhere_and_every_schema_is_used() -> None:
+    made = document()
+    names = {reference.removeprefix("#/components/schemas/") for reference in references(made)}
+    assert names == made["components"]["schemas"].keys()
+
+
+async def test_every_route_is_described_and_nothing_else() -> None:
+    app: Any = build_app(GatewayConfig(), CatalogView(), Mock(), Traffic())
+    assert isinstance(app, Starlette)
+    routes = {
+        (method.lower(), re.sub(r":path", "", route.path))
+        for route in app.routes
+        if isinstance(route, Route)
+        for method in (route.methods or ())
+        if method != "HEAD"
+    }
+    described = {(operation.method, operation.path.removeprefix("/v1")) for operation in OPERATIONS}
+    assert routes == described | {("get", "/openapi.json")}
+
+
+@pytest.mark.parametrize("name", ["ChatRequest", "CompletionRequest"])
+def test_bounds_and_refusals_are_in_the_schema(name: str) -> None:
+    properties = document()["components"]["schemas"][name]["properties"]
+    assert (properties["temperature"]["minimum"], properties["temperature"]["maximum"]) == (0, 2)
+    assert properties["user"] == {"description": "Accepted without effect."}
+    assert properties["n"]["maximum"] == 16
+    refused = "audio" if name == "ChatRequest" else "suffix"
+    assert properties[refused]["enum"][0] is None
+
+
+def test_the_page_of_parameters_is_up_to_date() -> None:
+    """It also fails when OpenAI's client has learnt a parameter that no table here knows."""
+    done = subprocess.run(
+        [sys.executable, "scripts/api-table", "--check"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
