@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
 from protocol.control import Capabilities
 from protocol.encoder import Encoder
 from protocol.logs import event, exception_event
@@ -32,6 +34,7 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
     """Load the model of `spec`; raise `FatalError` with an exit code and words for the operator."""
     folder = _inspect(Path(spec.path))
     report(0, folder.weight_bytes, "imports")
+    keep_to(spec.memory)
     if folder.encoder is not None:
         return _load_encoder(spec, folder, folder.encoder, report)
     import mlx.core as mx  # noqa: PLC0415 - takes 2 s with mlx_lm; the hello must be out before
@@ -42,7 +45,6 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
     from worker.prompt import PromptMaker, find_context  # noqa: PLC0415
     from worker.vocabulary import Words, special_ids  # noqa: PLC0415
 
-    keep_to(spec.memory)
     model, tokenizer = _read(folder)
     weight_bytes = _materialise(model, report)
     eos = frozenset(int(token) for token in tokenizer.eos_token_ids)
@@ -99,7 +101,8 @@ def _load_encoder(spec: WorkerSpec, folder: ModelFolder, encoder: Encoder, repor
         model, tokenizer = read_encoder_model(folder, encoder)
     except Exception as error:  # a broken folder raises anything: the boundary of loading
         raise _explain(error, folder) from error
-    return serve_encoder(spec, encoder, model, tokenizer, _materialise(model, report))
+    served = serve_encoder(spec, encoder, model, tokenizer, _materialise(model, report))
+    return msgspec.structs.replace(served, relieve=relieve)
 
 
 class Canary:
