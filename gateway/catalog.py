@@ -34,11 +34,19 @@ class CatalogView:
     def __init__(self) -> None:
         self._models: dict[str, CatalogModel] = {}
         self._arrived = asyncio.Event()
+        #: The machine is short of memory.
+        self._shedding = False
 
     def replace(self, catalog: Catalog) -> None:
         """Take over a new catalog, whole."""
         self._models = {model.id: model for model in catalog.models}
+        self._shedding = catalog.shedding
         self._arrived.set()
+
+    def check_load(self) -> None:
+        """Raise `load_shedding` while the machine is so short of memory that no inference should begin."""
+        if self._shedding:
+            raise LmxError("load_shedding", "The machine is short of memory. Try again in a moment.")
 
     async def arrived(self) -> bool:
         """Wait a little for the first catalog: until then every model would look unknown. Return whether it came."""

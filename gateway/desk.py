@@ -43,11 +43,14 @@ class Desk:
         on_idle: Callable[[WorkerPeer], None],
         on_casualties: Callable[[WorkerPeer, list[str]], None],
         on_misbehaved: Callable[[WorkerPeer], None],
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._model = model
         self._config = config
         self._quarantine = quarantine
         self._route = route
+        #: Raises the error for which no new request is taken at all.
+        self._check = check
         self._on_idle = on_idle
         self._on_casualties = on_casualties
         self._on_misbehaved = on_misbehaved
@@ -69,6 +72,7 @@ class Desk:
         """Send a new request to its model, now or once that is possible; raise `LmxError` if it never will be."""
         if self._quarantine and self._quarantine.refuses(request.digest, self._loop.time()):
             raise self._quarantine.refusal()
+        self._check()
         request.owner = self
         route = self._route(self._model)
         waiting = Waiting(request, self._loop.time())

@@ -86,6 +86,7 @@ class WorkerPool:
                 on_idle=self._close_if_idle,
                 on_casualties=self._report_casualties,
                 on_misbehaved=lambda peer: self._report(Misbehaved(peer.model, peer.incarnation)),
+                check=self._catalog.check_load,
             )
         return desk
 

@@ -8,6 +8,10 @@ Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=100_000)]
 Bytes = Annotated[int, msgspec.Meta(ge=1)]
+#: 0 stands for a size that is chosen from the machine.
+MaybeBytes = Annotated[int, msgspec.Meta(ge=0)]
+#: May be above 1: a limit can be exceeded.
+Share = Annotated[float, msgspec.Meta(gt=0, le=2)]
 #: 0 or more each, so that no delay is ever "not a number".
 _Delay = Annotated[float, msgspec.Meta(ge=0, le=86400)]
 MaybeDelays = Annotated[tuple[_Delay, ...], msgspec.Meta(max_length=100)]
@@ -111,6 +115,45 @@ class WorkerConfig(_Section, frozen=True):
     preload_blas: bool = True
 
 
+class MemoryConfig(_Section, frozen=True):
+    """The ledger of design 8. Sizes of 0 are chosen from the machine."""
+
+    #: All processes of this home together stay below this share of the machine's memory.
+    fraction: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.9
+    #: Kept for the rest of the machine: the larger of the two. 0 takes 8 GiB, but at most a quarter of the machine.
+    reserve_bytes: MaybeBytes = 0
+    reserve_fraction: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.1
+    #: A load reserves the cache of so many tokens.
+    kv_tokens: Annotated[int, msgspec.Meta(ge=0, le=10_000_000)] = 8192
+    #: What one worker may use. 0 allows half as much again as was reserved for it, and at least 1 GiB more.
+    worker_limit_bytes: MaybeBytes = 0
+    sample_s: Annotated[float, msgspec.Meta(ge=0.02, le=60)] = 0.25
+    #: Shares of a worker's limit: above it stops to admit; is replaced when idle or drained; is ended.
+    soft: Share = 0.85
+    hard: Share = 0.95
+    kill: Share = 1.05
+    #: Shares of the machine's memory in use: above new requests are refused; the largest model is ended.
+    shed: Share = 0.95
+    critical: Share = 0.98
+    #: Make room for a load by unloading models that nobody uses, the least recently used first.
+    evict: bool = True
+    #: A load that unloads another model comes at most this often.
+    evict_every_s: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 30.0
+    #: A model without a request for so long is unloaded; 0 keeps it.
+    ttl_s: Annotated[float, msgspec.Meta(ge=0, le=31_536_000)] = 0.0
+    #: Models that are never unloaded to make room or for being idle.
+    pinned: tuple[str, ...] = ()
+    #: Buffers that MLX keeps for reuse: at most so many, and cleared every so often if they are more than.
+    buffer_bytes: MaybeBytes = 0
+    clear_above_bytes: MaybeBytes = 256 * 1024 * 1024
+    clear_every_s: Seconds = 300.0
+    #: A worker whose memory drifts above its model by this share is replaced, when idle or after the grace; 0 never.
+    rotate: Annotated[float, msgspec.Meta(ge=0, le=100)] = 0.5
+    rotate_grace_s: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 300.0
+    #: One model is replaced for its memory at most this often.
+    rotate_every_s: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 60.0
+
+
 class LifecycleConfig(_Section, frozen=True):
     """Deadlines and delays of design 6, in seconds."""
 
@@ -184,5 +227,6 @@ class Config(_Section, frozen=True):
     limits: LimitsConfig = LimitsConfig()
     models: ModelsConfig = ModelsConfig()
     worker: WorkerConfig = WorkerConfig()
+    memory: MemoryConfig = MemoryConfig()
     lifecycle: LifecycleConfig = LifecycleConfig()
     log: LogConfig = LogConfig()

@@ -95,6 +95,8 @@ class Heartbeat(Message, frozen=True, tag=10):
     active_bytes: int
     cache_bytes: int
     peak_bytes: int
+    #: Requests that were taken since the process began: shows use also between two heartbeats.
+    requests: int = 0
 
 
 class Dying(Message, frozen=True, tag=11):
@@ -129,9 +131,10 @@ class Drain(Message, frozen=True, tag=17):
 
 
 class Stop(Message, frozen=True, tag=18):
-    """End now; what still runs is failed."""
+    """End now; what still runs is failed with `code`, an error of `protocol.errors`."""
 
     reason: str
+    code: str = ""
 
 
 class CatalogModel(Message, frozen=True):
@@ -155,6 +158,8 @@ class Catalog(Message, frozen=True, tag=19):
 
     version: int
     models: list[CatalogModel]
+    #: The machine is short of memory: no inference is begun.
+    shedding: bool = False
 
 
 class Ping(Message, frozen=True, tag=20):
@@ -165,6 +170,16 @@ class Assign(Message, frozen=True, tag=21):
     """To a spare: become this worker. `spec` is a `protocol.spec.WorkerSpec` as JSON."""
 
     spec: bytes
+
+
+class Relieve(Message, frozen=True, tag=22):
+    """To a worker that uses much memory: take no new requests for `close_s` (0: take them), clear caches if `clear`.
+
+    It is said again while it is so: a worker that hears nothing more takes requests when the time is over.
+    """
+
+    close_s: float = 0.0
+    clear: bool = False
 
 
 # -- gateway to supervisor --------------------------------------------------------------------------------------
@@ -210,6 +225,9 @@ class LoadRequest(Message, frozen=True, tag=33):
 
     id: str
     path: str
+    pin: bool = False
+    #: Unload it after so long without a request, 0 never; None takes the configured time.
+    ttl_s: float | None = None
 
 
 class UnloadRequest(Message, frozen=True, tag=34):
@@ -243,6 +261,20 @@ class HandoverRequest(Message, frozen=True, tag=39):
     """Replace the supervisor by its present code in the same process, then the gateway; workers stay."""
 
 
+class FitRequest(Message, frozen=True, tag=40):
+    """Ask whether the model folder at `path` would fit under `id`; answered by `FitReply`."""
+
+    id: str
+    path: str
+
+
+class PinRequest(Message, frozen=True, tag=41):
+    """Keep a loaded model from being unloaded to make room or for being idle, or no longer."""
+
+    id: str
+    pinned: bool
+
+
 class StatusReply(Message, frozen=True, tag=48):
     """The document of `lmx-supervisor status --json`, encoded as JSON."""
 
@@ -268,6 +300,12 @@ class Result(Message, frozen=True, tag=50):
     new_pid: int = 0
 
 
+class FitReply(Message, frozen=True, tag=51):
+    """The document lmx.fit/1, encoded as JSON."""
+
+    document: bytes
+
+
 Hello = WorkerHello | GatewayHello | CliHello | SpareHello
 FromWorker = Loading | Ready | Heartbeat | Dying | Drained
 FromGateway = GatewayReady | GatewayHeartbeat | Casualties | Misbehaved | Drained
@@ -280,12 +318,14 @@ FromCli = (
     | ResetRequest
     | ResumeRequest
     | HandoverRequest
+    | FitRequest
+    | PinRequest
 )
 ToSupervisor = Hello | FromWorker | FromGateway | FromCli
 
-ToWorker = Welcome | Drain | Stop | Ping
+ToWorker = Welcome | Drain | Stop | Ping | Relieve
 ToGateway = Welcome | Drain | Stop | Ping | Catalog
-ToCli = StatusReply | Progress | Result
+ToCli = StatusReply | Progress | Result | FitReply
 ToSpare = Welcome | Stop | Ping | Assign
 FromSupervisor = ToWorker | ToGateway | ToCli | ToSpare
 

@@ -83,6 +83,11 @@ def inspect_model_folder(path: Path) -> ModelFolder:
         raise ModelFolderError("missing", msg) from None
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the `config.json` of a model folder; raise `ModelFolderError` or `OSError`."""
+    return _read_json(path / "config.json")
+
+
 def _inspect(path: Path) -> ModelFolder:
     files = _list_files(path)
     config_path = path / "config.json"

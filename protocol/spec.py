@@ -10,6 +10,16 @@ from protocol.config import GatewayConfig, LifecycleConfig, LimitsConfig, Models
 SpecT = TypeVar("SpecT", bound=msgspec.Struct)
 
 
+class MemoryLimits(msgspec.Struct, frozen=True):
+    """What MLX is told to keep to, in bytes; 0 leaves its own default. It guides MLX and refuses nothing."""
+
+    memory_bytes: int = 0
+    #: Freed buffers that may be kept for reuse, and above what they are cleared every so often.
+    buffer_bytes: int = 0
+    clear_above_bytes: int = 256 * 1024 * 1024
+    clear_every_s: float = 300.0
+
+
 class WorkerSpec(msgspec.Struct, frozen=True):
     """Everything a worker needs: `python -m worker SPEC`."""
 
@@ -29,6 +39,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     preloaded: str = ""
     #: Where stdout and stderr belong; a spare, which was started before it had a name, moves there.
     output_file: str = ""
+    memory: MemoryLimits = MemoryLimits()
 
 
 class SpareSpec(msgspec.Struct, frozen=True):

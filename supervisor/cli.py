@@ -107,12 +107,50 @@ def status(home: Home, as_json: bool, watch: bool) -> None:
 @cli.command()
 @click.argument("model")
 @click.option("--id", "model_id", help="Name to serve it under [its id, repository or folder name].")
+@click.option("--pin", is_flag=True, help="Never unload it to make room or for being idle.")
+@click.option("--ttl", type=click.FloatRange(0), metavar="SECONDS", help="Unload it after so long idle; 0 never.")
 @click.pass_obj
 @_reports
-def load(home: Home, model: str, model_id: str | None) -> None:
+def load(home: Home, model: str, model_id: str | None, pin: bool, ttl: float | None) -> None:
     """Load MODEL: an id, a folder or a Hugging Face repository. Returns when it is ready."""
     ref = _fetched(home, model)
-    _command(home, control.LoadRequest(model_id or ref.id, str(ref.folder)))
+    _command(home, control.LoadRequest(model_id or ref.id, str(ref.folder), pin, ttl))
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--id", "model_id", help="Name it would be served under [its id, repository or folder name].")
+@click.option("--json", "as_json", is_flag=True, help="Print the document lmx.fit/1.")
+@click.pass_obj
+@_reports
+def fit(home: Home, model: str, model_id: str | None, as_json: bool) -> None:
+    """Say whether MODEL, which is here already, would fit into memory, and what a load would unload for it."""
+    from supervisor.cli_memory import show_fit
+    from supervisor.modelref import UnknownModelError, resolve
+
+    try:
+        ref = resolve(model, home)
+    except UnknownModelError as error:
+        _fail(str(error))
+    show_fit(home, model_id or ref.id, str(ref.folder), as_json=as_json)
+
+
+@cli.command()
+@click.argument("model")
+@click.pass_obj
+@_reports
+def pin(home: Home, model: str) -> None:
+    """Never unload MODEL to make room for another or for being idle."""
+    _command(home, control.PinRequest(model, pinned=True))
+
+
+@cli.command()
+@click.argument("model")
+@click.pass_obj
+@_reports
+def unpin(home: Home, model: str) -> None:
+    """Let MODEL be unloaded again to make room or for being idle."""
+    _command(home, control.PinRequest(model, pinned=False))
 
 
 @cli.command()

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from protocol import control
 from protocol.channel import Channel
 from protocol.messages import encode
@@ -14,6 +16,7 @@ from protocol.paths import slot_name
 from protocol.states import CliExit, ModelState
 from supervisor import events as ev
 from supervisor import lifecycle as life
+from supervisor.admission import Admission, NoRoomError
 from supervisor.host import Host
 from supervisor.intent import Intent
 from supervisor.managed import Managed
@@ -44,6 +47,7 @@ class Commands:
         host: Host,
         changes: Changes,
         intent: Intent,
+        admission: Admission,
         *,
         status: Callable[[], bytes],
         resume: Callable[[], str],
@@ -54,6 +58,7 @@ class Commands:
         self._changes = changes
         self._status = status
         self._intent = intent
+        self._admission = admission
         self._resume = resume
         self._hand_over = hand_over
         self._stop = stop
@@ -64,6 +69,8 @@ class Commands:
             request = await connection.receive()
             try:
                 result = await self._answer(request, connection.channel)
+            except (ModelFolderError, NoRoomError) as error:
+                result = control.Result(CliExit.FAILED, str(error))
             except CommandError as error:
                 result = control.Result(error.exit_code, str(error))
             except TimeoutError:
@@ -78,8 +85,14 @@ class Commands:
                 case control.StatusRequest():
                     channel.send(encode(control.StatusReply(self._status())))
                     return None
-                case control.LoadRequest(model, path):
-                    return await self._load(model, Path(path), channel)
+                case control.LoadRequest():
+                    return await self._load(request, channel)
+                case control.FitRequest(model, path):
+                    document = await self._admission.fit(model, Path(path))
+                    channel.send(encode(control.FitReply(msgspec.json.encode(document))))
+                    return None
+                case control.PinRequest(model, pinned):
+                    return self._pin(model, pinned=pinned)
                 case control.UnloadRequest(model):
                     return await self._unload(model)
                 case control.RestartRequest(model, force):
@@ -98,26 +111,55 @@ class Commands:
 
     # -- commands -------------------------------------------------------------------------------------------------
 
-    async def _load(self, model: str, path: Path, channel: Channel) -> control.Result:
+    async def _load(self, request: control.LoadRequest, channel: Channel) -> control.Result:
+        model, path = request.id, Path(request.path)
         _check_id(model)
-        try:
-            folder = await asyncio.to_thread(inspect_model_folder, path)
-        except ModelFolderError as error:
-            raise CommandError(str(error)) from None
+        folder = await asyncio.to_thread(inspect_model_folder, path)
+        managed = self._host.find(model)
+        if managed is not None and managed.slot.pid:
+            return await self._loaded(self._place(request, folder.weight_bytes), channel)
+        async with self._admission.room_for(model, path) as prediction:
+            managed = self._place(request, folder.weight_bytes)
+            managed.account.prediction = prediction
+        return await self._loaded(managed, channel)
+
+    def _place(self, request: control.LoadRequest, weight_bytes: int) -> Managed:
+        """Want a model in its slot, or a new one."""
+        model, path = request.id, request.path
         managed = self._host.find(model)
         if managed is not None and managed.slot.state is not ModelState.QUARANTINED:
-            if managed.path != str(path):
+            if managed.path != path:
                 msg = f"{model} is loaded from {managed.path}: unload it first, or choose another --id"
                 raise CommandError(msg)
         elif managed is not None:
-            managed.path = str(path)
+            managed.path = path
         else:
-            managed = add_model(self._host, model, str(path), time.time())
+            managed = add_model(self._host, model, path, time.time())
         self._host.feed(managed, ev.Want())
-        managed.slot = life.weigh(managed.slot, folder.weight_bytes)
-        self._intent.want(model, managed.path, managed.created_at)
+        managed.slot = life.weigh(managed.slot, weight_bytes)
+        account = managed.account
+        account.pinned = account.pinned or request.pin
+        account.ttl_s = account.ttl_s if request.ttl_s is None else request.ttl_s
+        self._remember(managed)
+        return managed
+
+    def _remember(self, managed: Managed) -> None:
+        account = managed.account
+        self._intent.want(managed.model, managed.path, managed.created_at, pinned=account.pinned, ttl_s=account.ttl_s)
+
+    async def _loaded(self, managed: Managed, channel: Channel) -> control.Result:
         await self._until_ready(managed, channel, "loaded")
-        return control.Result(CliExit.OK, f"{model} is ready (pid {managed.slot.pid})", new_pid=managed.slot.pid)
+        pid = managed.slot.pid
+        return control.Result(CliExit.OK, f"{managed.model} is ready (pid {pid})", new_pid=pid)
+
+    def _pin(self, model: str, *, pinned: bool) -> control.Result:
+        managed = self._known(model)
+        managed.account.pinned = pinned
+        self._remember(managed)
+        self._changes.ring()
+        if not pinned and model in self._host.config.memory.pinned:
+            return control.Result(CliExit.OK, f"{model} stays pinned by the configuration (memory.pinned)")
+        return control.Result(CliExit.OK, f"{model} is {'pinned' if pinned else 'not pinned any more'}")
 
     async def _unload(self, model: str) -> control.Result:
         managed = self._known(model)
@@ -132,6 +174,7 @@ class Commands:
 
     async def _restart(self, model: str, channel: Channel, *, force: bool) -> control.Result:
         managed = self._known(model)
+        self._admission.check_restart(managed)
         old_pid, old_incarnation = managed.slot.pid, managed.slot.incarnation
         self._host.feed(managed, ev.Restart(force))
         await self._changes.wait_for(
@@ -163,8 +206,9 @@ class Commands:
                 raise CommandError(msg)
             if time.monotonic() - last >= _PROGRESS_S:
                 last = time.monotonic()
+                note = managed.blocked or slot.reason
                 channel.send(
-                    encode(control.Progress(managed.model, slot.state, slot.done_bytes, slot.total_bytes, slot.reason))
+                    encode(control.Progress(managed.model, slot.state, slot.done_bytes, slot.total_bytes, note))
                 )
             await self._changes.wait(_PROGRESS_S)
 

@@ -21,6 +21,7 @@ from protocol.paths import Home
 from protocol.states import ModelState, Phase
 from supervisor import adoption, views
 from supervisor import events as ev
+from supervisor.admission import Admission
 from supervisor.commands import Commands, add_model
 from supervisor.host import GATEWAY, Host
 from supervisor.intent import Intent
@@ -31,14 +32,15 @@ from supervisor.managed import Managed
 from supervisor.peers import Peers
 from supervisor.platform import current_platform
 from supervisor.platform.reports import panics_since
+from supervisor.prediction import History
 from supervisor.restarts import gateway_policy
 from supervisor.server import Connection, ControlServer
 from supervisor.store import ChildRecord, Desired, DesiredModel, Runtime, Store
+from supervisor.warden import Warden
 from supervisor.watching import Changes
 
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PORT_RETRY_S: Final = 1.0
-_SAMPLE_S: Final = 1.0
 #: State that the disk did not take, and news that could not be told, are tried again after this long.
 _SAVE_RETRY_S: Final = 3.0
 _TELL_RETRY_S: Final = 0.5
@@ -59,11 +61,15 @@ class Daemon:
         self._intent = Intent(home, config, self._store, self._journal)
         self._changes = Changes()
         self._host = Host(home, config, self._platform, self._journal, self._changed)
+        self._history = History(home.state / "memory")
+        self._admission = Admission(self._host, self._changes, self._history, self._intent.evicted)
+        self._warden = Warden(self._host, self._admission, self._history, self._changed)
         self._peers = Peers(self._host, self._catalog, self._handed_back)
         self._commands = Commands(
             self._host,
             self._changes,
             self._intent,
+            self._admission,
             status=lambda: msgspec.json.encode(self._status()),
             resume=self._resume,
             hand_over=self._hand_over,
@@ -86,6 +92,7 @@ class Daemon:
         self.handing_over = False
         self._catalog_version = 0
         self._catalog_models: list[control.CatalogModel] = []
+        self._shedding = False
         self._publishing = False
 
     async def run(self) -> None:
@@ -96,7 +103,7 @@ class Daemon:
             loop.add_signal_handler(number, self._stop, number.name)
         expected = self._remember()
         self._server.open()
-        tasks = [loop.create_task(task) for task in (self._beat(), self._sample(), self._save_again())]
+        tasks = [loop.create_task(task) for task in (self._beat(), self._warden.run(), self._save_again())]
         try:
             await self._restore(expected)
             tasks.append(loop.create_task(self._listen()))
@@ -112,6 +119,7 @@ class Daemon:
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._server.close()
             await self._peers.close()
+            self._admission.close()
             self._host.close()
             if self._listener is not None:
                 self._listener.close()
@@ -141,6 +149,7 @@ class Daemon:
         )
         if self._host.launcher.preload is not None:
             event("blas_preload", library=self._host.launcher.preload.library)
+        self._history.load()
         self._recorded = expected
         self._save()
         return expected
@@ -165,6 +174,7 @@ class Daemon:
 
     def _bring_back(self, model: DesiredModel) -> None:
         managed = add_model(self._host, model.id, model.path, model.added_at)
+        managed.account.pinned, managed.account.ttl_s = model.pinned, model.ttl_s
         why = self._intent.why_not(model.id)
         self._host.feed(managed, ev.SetAside(why) if why else ev.Want())
 
@@ -251,22 +261,6 @@ class Daemon:
             with self._host.guard("save"):
                 self._store.try_again()
 
-    async def _sample(self) -> None:
-        while True:
-            for managed in list(self._host.slots.values()):
-                with self._host.guard("sample"):
-                    await self._weigh(managed)
-            await asyncio.sleep(_SAMPLE_S)
-
-    async def _weigh(self, managed: Managed) -> None:
-        pid = managed.slot.pid
-        sampled = await asyncio.to_thread(self._platform.footprint, pid) if pid else None
-        managed.memory_bytes = sampled if pid == managed.slot.pid else None
-        if managed.box is not None and managed.slot.pid:
-            managed.box.weigh(time.monotonic(), managed.memory_bytes)
-        if managed.memory_bytes is not None:
-            self._host.feed(managed, ev.Weighed(managed.memory_bytes))
-
     def _changed(self) -> None:
         """Something visible changed: tell everyone once the present events are done."""
         if not self._publishing:
@@ -319,14 +313,14 @@ class Daemon:
             for model, folder in views.loadable_folders(self._home.models).items()
             if model not in loaded
         ]
-        if models == self._catalog_models:
+        if models == self._catalog_models and self._shedding == self._warden.shedding:
             return False
-        self._catalog_models = models
+        self._catalog_models, self._shedding = models, self._warden.shedding
         self._catalog_version += 1
         return True
 
     def _catalog(self) -> control.Catalog:
-        return control.Catalog(self._catalog_version, self._catalog_models)
+        return control.Catalog(self._catalog_version, self._catalog_models, self._shedding)
 
     def _status(self) -> dict[str, Any]:
         document = views.status_document(
@@ -340,6 +334,10 @@ class Daemon:
             internal_errors=self._host.guard.count + self._server.failures,
             now=time.monotonic(),
         )
+        document["memory"] = self._warden.document()
+        now = time.monotonic()
+        for entry, managed in zip(document["models"], self._host.models(), strict=True):
+            entry.update(self._warden.of_model(managed, now))
         spare = self._host.spare
         if spare is not None:
             pid = spare.child.pid if spare.child is not None else None

@@ -24,6 +24,7 @@ from supervisor.breaker import Breaker, after_failure, after_start, start_allowe
 from supervisor.children import Child
 from supervisor.crashes import BlackBox, CrashRecord, CrashStore, crash_id, stacks_in, versions
 from supervisor.exits import ExitRecord, classify, record
+from supervisor.footprint import Meter
 from supervisor.guard import Guard
 from supervisor.journal import Journal
 from supervisor.launch import SPARE, Launcher
@@ -60,6 +61,7 @@ class Host:
         #: While True nothing is started: processes of an earlier supervisor may still introduce themselves.
         self.holding = True
         self.guard = Guard()
+        self.meter = Meter(platform, self.guard)
         self._changed = changed
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0
@@ -77,6 +79,8 @@ class Host:
         self.spare = Spare(self.launcher, platform, journal, changed) if config.worker.spare else None
         #: Called before a model's process is started, so that a panic while it loads finds its name on disk.
         self.before_load: Callable[[str], None] = lambda _model: None
+        #: Asked before a model's process is started, at a monotonic time: whether there is room for it.
+        self.gate: Callable[[Managed, float], bool] = lambda _managed, _now: True
 
     # -- slots ----------------------------------------------------------------------------------------------------
 
@@ -418,11 +422,16 @@ class Host:
             self.incarnation += 1
 
     def _has_room(self, managed: Managed, now: float) -> bool:
-        """Return False for a model whose next process must wait for the memory of the last one."""
-        debt = managed.owed
-        if debt is None or not managed.slot.waiting or managed.slot.retry_at > now:
+        """Return False for a model whose next process must wait for memory."""
+        if not managed.slot.waiting or managed.slot.retry_at > now:
             return True
-        available = self.platform.available()
+        return self._has_its_memory_back(managed, now) and self.gate(managed, now)
+
+    def _has_its_memory_back(self, managed: Managed, now: float) -> bool:
+        debt = managed.owed
+        if debt is None:
+            return True
+        available = self.meter.available()
         verdict = reclaim.judge(debt, available, now, self.config.lifecycle.reclaim_s)
         if verdict is reclaim.Verdict.BLOCK and available is not None:
             if not managed.blocked:
@@ -463,7 +472,7 @@ class Host:
                 # A waiting slot that is due already waits only for the loading place; the end of that load wakes us.
                 if when is not None and (when > now or not managed.slot.waiting):
                     due = min(due, max(when, now))
-                elif when is not None and managed.owed is not None:
+                elif when is not None and (managed.owed is not None or managed.blocked):
                     due = min(due, now + _LOOK_S)
         if self._timer is not None:
             self._timer.cancel()

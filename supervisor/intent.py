@@ -66,11 +66,11 @@ class Intent:
         """Return why a model must not be loaded by itself, "" if it may."""
         return struck(self._desired.strikes, model)
 
-    def want(self, model: str, path: str, added_at: float) -> None:
+    def want(self, model: str, path: str, added_at: float, *, pinned: bool = False, ttl_s: float | None = None) -> None:
         """Remember that a model should be live."""
         models = tuple(m for m in self._desired.models if m.id != model)
         unloaded = tuple(m for m in self._desired.unloaded if m != model)
-        self._change(models=(*models, DesiredModel(model, path, added_at)), unloaded=unloaded)
+        self._change(models=(*models, DesiredModel(model, path, added_at, pinned, ttl_s)), unloaded=unloaded)
 
     def forget(self, model: str) -> None:
         """Remember that a model should not be live, even if the configuration names it."""
@@ -79,6 +79,10 @@ class Intent:
         if model in self._config.models.auto_load:
             unloaded = (*unloaded, model)
         self._change(models=models, unloaded=unloaded)
+
+    def evicted(self, model: str) -> None:
+        """Remember that a model was unloaded for others. One that the configuration names comes back with a restart."""
+        self._change(models=tuple(m for m in self._desired.models if m.id != model))
 
     def pardon(self, model: str) -> None:
         """Forget the panic strikes of a model."""

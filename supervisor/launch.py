@@ -10,7 +10,7 @@ from protocol.config import Config, ModelsConfig
 from protocol.config_load import BadConfigError
 from protocol.logs import event
 from protocol.paths import Home
-from protocol.spec import GatewaySpec, SpareSpec, WorkerSpec, read_spec, write_spec
+from protocol.spec import GatewaySpec, MemoryLimits, SpareSpec, WorkerSpec, read_spec, write_spec
 from supervisor.adminkey import VARIABLE, admin_digest
 from supervisor.children import Child, spawn
 from supervisor.environment import worker_environment
@@ -20,6 +20,7 @@ from supervisor.platform.blas import Preload
 SPARE: Final = "spare"
 _DEGRADED_PREFILL_TOKENS: Final = 128
 
+Limits = Callable[[str], MemoryLimits]
 Gone = Callable[[int | None], None]
 
 
@@ -30,6 +31,8 @@ class Launcher:
         self._home = home
         self._config = config
         self._platform = platform
+        #: What MLX is told to keep to in the process of a model.
+        self.limits: Limits = lambda _model: MemoryLimits()
         self.preload: Preload | None = platform.preload(home.run / "lib") if config.worker.preload_blas else None
 
     def gateway(self, name: str, incarnation: int, listen_fd: int, gone: Gone) -> Child:
@@ -111,6 +114,7 @@ class Launcher:
             lifecycle=config.lifecycle,
             preloaded=self.preload.library if self.preload is not None else "",
             output_file=str(home.logs / f"{name}.out"),
+            memory=self.limits(model),
         )
         write_spec(home.spec(name, incarnation), spec)
         return msgspec.json.encode(spec)

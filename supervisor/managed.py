@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from protocol import control
 from protocol.channel import Channel, ChannelClosedError
 from protocol.messages import Message, encode
+from supervisor.account import Account
 from supervisor.children import Child
 from supervisor.crashes import BlackBox
 from supervisor.reclaim import Owed
@@ -36,6 +37,7 @@ class Managed:
     #: Memory that has to be free before the next process; and, once that takes too long, the words for it.
     owed: Owed | None = None
     blocked: str = ""
+    account: Account = field(default_factory=Account)
 
     def tell(self, message: Message) -> bool:
         """Send the process a message; return whether there was a connection."""

@@ -7,7 +7,7 @@ _KIB: Final = 1024.0
 _MINUTE: Final = 60
 _HOUR: Final = 3600
 _DAY: Final = 86400
-_HEADINGS: Final = ("MODEL", "STATE", "PID", "INC", "RESTARTS", "MEM", "RUN", "WAIT", "LAST EXIT")
+_HEADINGS: Final = ("MODEL", "STATE", "PID", "INC", "RESTARTS", "MEM", "PREDICTED", "RUN", "WAIT", "LAST EXIT")
 _MAX_REASON: Final = 160
 
 
@@ -51,6 +51,8 @@ def status_text(document: dict[str, Any]) -> str:
     if gateway is not None:
         pid = f"pid {gateway['pid']}, " if gateway["pid"] else ""
         lines.append(f"gateway     {pid}{gateway['state']}, {gateway['url'] or 'not listening'}{_restarts(gateway)}")
+    if document.get("memory"):
+        lines.append(_memory(document["memory"]))
     lines.append("")
     if not document["models"]:
         lines.append("no models; load one with: lmx-supervisor load smollm2-135m-instruct")
@@ -63,6 +65,22 @@ def status_text(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _memory(memory: dict[str, Any]) -> str:
+    """Return the host line: what our processes use of what they may, and how the machine is."""
+    words = [
+        f"memory      {size(memory['used_bytes'])} of {size(memory['limit_bytes'])} used",
+        f"{size(memory['reserve_bytes'])} reserved of {size(memory['total_bytes'])}",
+        f"{size(memory['available_bytes'])} available",
+    ]
+    if memory["pressure"] not in {None, "normal"}:
+        words.append(f"PRESSURE {memory['pressure'].upper()}")
+    if memory["shedding"]:
+        words.append("SHEDDING: requests are refused until there is more")
+    if not memory["monitored"]:
+        words.append("UNMONITORED: no model is loaded while memory cannot be measured")
+    return ", ".join(words)
+
+
 def _row(model: dict[str, Any]) -> tuple[str, ...]:
     return (
         model["id"],
@@ -71,6 +89,7 @@ def _row(model: dict[str, Any]) -> tuple[str, ...]:
         f"#{model['incarnation']}" if model["incarnation"] else "-",
         str(model["restarts"]),
         size(model["memory_bytes"]) if model["pid"] else "-",
+        size(model.get("predicted_bytes")) if model.get("predicted_bytes") else "-",
         _count(model["running"]),
         _count(model["waiting"]),
         _last_exit(model["last_exit"]),
@@ -90,6 +109,10 @@ def _state(model: dict[str, Any]) -> str:
         return f"backoff {model['retry_in_s']:.0f} s"
     if model.get("degraded"):
         return f"{state} (degraded)"
+    if model.get("closed"):
+        return f"{state} (memory high)"
+    if model.get("monitored") is False and model["pid"]:
+        return f"{state} (UNMONITORED)"
     return f"{state} (late)" if model["heartbeat_late"] else state
 
 

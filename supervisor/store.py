@@ -23,6 +23,9 @@ class DesiredModel(msgspec.Struct, frozen=True):
     id: str
     path: str
     added_at: float
+    #: Never unloaded to make room; and after how long without a request, None as configured, 0 never.
+    pinned: bool = False
+    ttl_s: float | None = None
 
 
 class Desired(msgspec.Struct, frozen=True):

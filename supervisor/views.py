@@ -62,6 +62,12 @@ def loadable_folders(models: Path) -> dict[str, Path]:
 def _why_not(managed: Managed, now: float) -> tuple[str, str, int | None]:
     """Return (error code, words, seconds to wait) for a model that takes no requests; all empty for a ready one."""
     slot = managed.slot
+    ended_for_memory = slot.last_exit is not None and slot.last_exit.name == "memory_pressure"
+    if managed.account.short or (slot.state is ModelState.BACKOFF and ended_for_memory):
+        words = "the machine is short of memory" if ended_for_memory else "there is no room for it now"
+        return "insufficient_memory", f"{words}; it starts when there is room", 30
+    if managed.account.leaving:
+        return "model_not_found", f"it was unloaded: {managed.account.leaving}", None
     if managed.foreign:
         return "model_restarting", "its process is of another version and is being replaced", 5
     match slot.state:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import Final
 
-from protocol.control import MAX_FRAME_BYTES, Drain, FromSupervisor, Ping, Stop, Welcome, from_supervisor_decoder
+from protocol.control import MAX_FRAME_BYTES, FromSupervisor, ToWorker, from_supervisor_decoder
 from protocol.framing import FrameBuffer, FrameTooLargeError, frame
 from protocol.logs import event
 from protocol.messages import MalformedMessageError, Message, encode
@@ -91,7 +91,7 @@ class ControlClient:
             return
         del self._unsent[:sent]
 
-    def receive(self, now: float) -> Iterator[Welcome | Drain | Stop | Ping]:
+    def receive(self, now: float) -> Iterator[ToWorker]:
         """Yield the messages that have arrived."""
         data = self._read()
         if not data:
@@ -100,7 +100,7 @@ class ControlClient:
         try:
             for body in self._frames.feed(data):
                 message: FromSupervisor = self._decoder.decode(body)
-                if isinstance(message, Welcome | Drain | Stop | Ping):
+                if isinstance(message, ToWorker):
                     self._delay_s = _FIRST_DELAY_S
                     yield message
         except (FrameTooLargeError, MalformedMessageError):

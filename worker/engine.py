@@ -6,7 +6,7 @@ from time import monotonic
 from typing import Any, Final
 
 from protocol.states import Phase
-from worker.jobs import Backend, Command, End, Event, Job, Remove, Scores, Status, Stepped
+from worker.jobs import Backend, Command, End, Event, Job, Relieve, Remove, Scores, Status, Stepped
 
 #: An idle engine looks up this often; commands wake it at once, so this bounds nothing a client can feel.
 _IDLE_WAIT_S: Final = 5.0
@@ -29,6 +29,7 @@ class Engine:
         reports: Callable[[int, Any, Scores], Event] = Stepped,
         canary: Callable[[], None] = lambda: None,
         canary_idle_s: float = float("inf"),
+        relieve: Callable[[int], None] = lambda _above: None,
     ) -> None:
         self._backend = backend
         self._commands = commands
@@ -41,6 +42,7 @@ class Engine:
         self._canary = canary
         self._canary_idle_s = canary_idle_s
         self._canary_at = monotonic() + canary_idle_s
+        self._relieve = relieve
 
     def run(self) -> End:
         """Serve until told to end."""
@@ -65,6 +67,8 @@ class Engine:
                     self._backend.insert(command)
                 case Remove():
                     self._backend.remove(command.jobs)
+                case Relieve():
+                    self._relieve(command.above_bytes)
                 case End():
                     return command
 

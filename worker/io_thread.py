@@ -15,11 +15,12 @@ from queue import SimpleQueue
 from time import monotonic
 from typing import Final
 
-from protocol.control import Drain, Drained, Dying, Ping, Stop, Welcome
-from protocol.errors import LmxError
+from protocol.control import Drain, Drained, Dying, Ping, Relieve, Stop, ToWorker, Welcome
+from protocol.errors import LmxError, from_peer
 from protocol.logs import event
 from protocol.spec import WorkerSpec
 from protocol.states import WorkerExit
+from worker import jobs as engine
 from worker.control import ControlClient
 from worker.entry import Limits
 from worker.inbound import Inbound
@@ -77,6 +78,8 @@ class IoThread:
         self._retry_at = NEVER
         self._drain_by = NEVER
         self._end_by = NEVER
+        self._clear_at = now + spec.memory.clear_every_s
+        self._closed_until = NEVER
         self._exit_code = WorkerExit.ASKED
         self._done = False
 
@@ -160,6 +163,8 @@ class IoThread:
             self._retry_at,
             self._drain_by if not self._report.drained else NEVER,
             self._end_by,
+            self._clear_at,
+            self._closed_until,
             NEVER if self._lease_over else control.heard_at + self._lease_s,
             NEVER if control.connected else control.dial_at,
             NEVER if self._book is None else self._book.next_expiry,
@@ -183,6 +188,12 @@ class IoThread:
         self._settle_link(now)
         if self._report.draining and not self._report.drained:
             self._settle_drain(now)
+        if now >= self._clear_at:
+            self._clear_at = now + self._spec.memory.clear_every_s
+            if book is not None:
+                self._commands.put(engine.Relieve(self._spec.memory.clear_above_bytes))
+        if now >= self._closed_until:
+            self._relieve(Relieve(), now)
         if now >= self._end_by:
             self._give_up()
 
@@ -214,7 +225,7 @@ class IoThread:
     def _heartbeat(self) -> None:
         self._inbound.log_dropped()
         book = self._book
-        self._control.send(self._report.heartbeat(*((book.running, book.waiting) if book else (0, 0))))
+        self._control.send(self._report.heartbeat(*((book.running, book.waiting, book.admitted) if book else (0, 0))))
         if book is not None:
             self._link.probe(book.gateways, self._status.step)
 
@@ -283,7 +294,7 @@ class IoThread:
 
     # -- the supervisor ---------------------------------------------------------------------------------------
 
-    def _on_control(self, message: Welcome | Drain | Stop | Ping, now: float) -> None:
+    def _on_control(self, message: ToWorker, now: float) -> None:
         match message:
             case Welcome():
                 if message.lease_s > 0:
@@ -291,9 +302,21 @@ class IoThread:
             case Drain():
                 self._drain(message.grace_s, now)
             case Stop():
-                self._end(WorkerExit.ASKED, message.reason, now)
+                self._end(WorkerExit.ASKED, message.reason, now, _told(message))
+            case Relieve():
+                self._relieve(message, now)
             case Ping():
                 pass  # hearing it was the point
+
+    def _relieve(self, message: Relieve, now: float) -> None:
+        closed = message.close_s > 0
+        if closed != (self._closed_until != NEVER):
+            event("admission_paused" if closed else "admission_resumed")
+        self._closed_until = now + message.close_s if closed else NEVER
+        if self._book is not None:
+            self._book.pause(now, paused=closed)
+        if message.clear:
+            self._commands.put(engine.Relieve())
 
     # -- ending -----------------------------------------------------------------------------------------------
 
@@ -304,7 +327,7 @@ class IoThread:
         if self._book is not None:
             self._book.close_admission(_going_away(), now)
 
-    def _end(self, code: WorkerExit, why: str, now: float) -> None:
+    def _end(self, code: WorkerExit, why: str, now: float, error: LmxError | None = None) -> None:
         """End the process: through the main thread once it serves, at once while it only loads."""
         if self._end_by != NEVER:
             return
@@ -315,7 +338,7 @@ class IoThread:
             self._close()
             os._exit(code)
         self._book.close_admission(_going_away(), now)
-        self._book.fail_all(_going_away(), now, retryable=True)
+        self._book.fail_all(error or _going_away(), now, retryable=True)
         self._commands.put(End(code, why))
 
     def _give_up(self) -> None:
@@ -329,6 +352,11 @@ class IoThread:
         self._link.close(_FLUSH_S)
         self._control.finish(_FLUSH_S / 2)
         self._done = True
+
+
+def _told(message: Stop) -> LmxError | None:
+    """Return the error that the supervisor wants requests to end with."""
+    return from_peer(message.code, f"The model's process was ended: {message.reason}") if message.code else None
 
 
 def _going_away() -> LmxError:

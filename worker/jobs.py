@@ -93,7 +93,13 @@ class End(msgspec.Struct, frozen=True, gc=False):
     message: str
 
 
-Command = Job | Remove | End
+class Relieve(msgspec.Struct, frozen=True, gc=False):
+    """Give back the buffers that are kept for reuse, if they are more than `above_bytes`."""
+
+    above_bytes: int = 0
+
+
+Command = Job | Remove | End | Relieve
 
 #: The third part of a `Token`: the sequence goes on, met an end-of-sequence token, or reached its `max_tokens`.
 GOES_ON: Final = 0
@@ -283,6 +289,8 @@ class Loaded(msgspec.Struct, frozen=True):
     canary: Callable[[], None]
     #: Active, cached and peak bytes. Called by the IO thread.
     memory: Callable[[], tuple[int, int, int]]
+    #: Gives back buffers that are kept for reuse, if they are more bytes than this. Called by the main thread.
+    relieve: Callable[[int], None] = lambda _above: None
     #: Whether each request is answered with one message, at its end.
     answers_whole: bool = False
     #: None where the model has no tokens to speak of.

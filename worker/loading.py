@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
 from protocol.control import Capabilities
 from protocol.encoder import Encoder
-from protocol.logs import exception_event
+from protocol.logs import event, exception_event
 from protocol.modelfolder import ModelFolder, ModelFolderError, inspect_model_folder
-from protocol.spec import WorkerSpec
+from protocol.spec import MemoryLimits, WorkerSpec
 from protocol.states import WorkerExit
 from worker.failures import FatalError, classify, describe
 from worker.jobs import Loaded
@@ -32,6 +34,7 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
     """Load the model of `spec`; raise `FatalError` with an exit code and words for the operator."""
     folder = _inspect(Path(spec.path))
     report(0, folder.weight_bytes, "imports")
+    keep_to(spec.memory)
     if folder.encoder is not None:
         return _load_encoder(spec, folder, folder.encoder, report)
     import mlx.core as mx  # noqa: PLC0415 - takes 2 s with mlx_lm; the hello must be out before
@@ -67,7 +70,28 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
         canary=Canary(backend, len(tokenizer)),
         memory=lambda: (mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory()),
         vocabulary=words,
+        relieve=relieve,
     )
+
+
+def keep_to(limits: MemoryLimits) -> None:
+    """Tell MLX how much it may use: a guide, beyond which it frees sooner; it refuses nothing. Nothing is wired."""
+    import mlx.core as mx  # noqa: PLC0415
+
+    if limits.memory_bytes:
+        mx.set_memory_limit(limits.memory_bytes)
+    if limits.buffer_bytes:
+        mx.set_cache_limit(limits.buffer_bytes)
+
+
+def relieve(above_bytes: int) -> None:
+    """Give back the buffers that MLX keeps for reuse, if they are more than so many bytes."""
+    import mlx.core as mx  # noqa: PLC0415
+
+    kept = mx.get_cache_memory()
+    if kept > above_bytes:
+        mx.clear_cache()
+        event("buffers_cleared", buffer_bytes=kept)
 
 
 def _load_encoder(spec: WorkerSpec, folder: ModelFolder, encoder: Encoder, report: Report) -> Loaded:
@@ -77,7 +101,8 @@ def _load_encoder(spec: WorkerSpec, folder: ModelFolder, encoder: Encoder, repor
         model, tokenizer = read_encoder_model(folder, encoder)
     except Exception as error:  # a broken folder raises anything: the boundary of loading
         raise _explain(error, folder) from error
-    return serve_encoder(spec, encoder, model, tokenizer, _materialise(model, report))
+    served = serve_encoder(spec, encoder, model, tokenizer, _materialise(model, report))
+    return msgspec.structs.replace(served, relieve=relieve)
 
 
 class Canary:

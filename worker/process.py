@@ -101,6 +101,7 @@ def _serve(
             reports=_report_answers if loaded.answers_whole else Stepped,
             canary=loaded.canary,
             canary_idle_s=spec.lifecycle.canary_idle_s,
+            relieve=loaded.relieve,
         ).run()
     except FatalError as error:
         return error.code, error.message

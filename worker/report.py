@@ -57,7 +57,7 @@ class Report:
             messages.append(Drained())
         return messages
 
-    def heartbeat(self, running: int, waiting: int) -> Heartbeat:
+    def heartbeat(self, running: int, waiting: int, requests: int = 0) -> Heartbeat:
         """Return the state of this moment."""
         # The phase before the time of the last step: the engine writes them the other way round, so that a busy
         # phase never comes with the age of an idle time.
@@ -73,6 +73,7 @@ class Report:
             active_bytes=active,
             cache_bytes=cached,
             peak_bytes=peak,
+            requests=requests,
         )
 
     def _phase(self) -> Phase:

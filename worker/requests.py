@@ -68,6 +68,9 @@ class Book:
         self._jobs: dict[tuple[bytes, int], int] = {}
         self._last_job = 0
         self._closed_for: LmxError | None = None
+        self._paused = False
+        #: Requests that were ever admitted.
+        self.admitted = 0
         #: When `expire` has something to do; earlier never, maybe nothing by then.
         self.next_expiry = NEVER
 
@@ -106,6 +109,7 @@ class Book:
         if request.whole:
             self._end_whole(request)
             return
+        self.admitted += 1
         self._jobs[request.key] = request.job.id
         self._waiting[request.job.id] = request
         self._fill_slots(now)
@@ -120,6 +124,8 @@ class Book:
         """Raise `LmxError` if a request cannot be taken; `coming` are on their way and wait too."""
         if self._closed_for is not None:
             raise self._closed_for
+        if self._paused and submit.resume is None:
+            raise LmxError("load_shedding", "The model's process is short of memory. Try again in a moment.")
         if not submit.deadline_s > 0:  # also NaN
             raise _timed_out()
         limits = self._limits
@@ -191,6 +197,12 @@ class Book:
             for request in requests.values():
                 self._expect(request)
 
+    def pause(self, now: float, *, paused: bool) -> None:
+        """Begin nothing new while memory is short; what runs goes on, and so does what began in another process."""
+        self._paused = paused
+        if not paused:
+            self._fill_slots(now)
+
     def close_admission(self, error: LmxError, now: float) -> None:
         """Refuse everything from now on, and what still waits, with `error`; what runs goes on."""
         self._closed_for = error
@@ -236,7 +248,7 @@ class Book:
         )
 
     def _fill_slots(self, now: float) -> None:
-        while self._waiting and len(self._running) < self._limits.slots:
+        while self._waiting and len(self._running) < self._limits.slots and not self._paused:
             job = next(iter(self._waiting))
             request = self._running[job] = self._waiting.pop(job)
             self._command(request.job)

@@ -3,10 +3,19 @@
 import asyncio
 import socket
 from collections.abc import Callable
+from enum import IntEnum
 from pathlib import Path
 from typing import Protocol
 
 from supervisor.platform.blas import Preload
+
+
+class Pressure(IntEnum):
+    """How short of memory the system says it is; the numbers are those of macOS."""
+
+    NORMAL = 1
+    WARNING = 2
+    CRITICAL = 4
 
 
 class ExitWatch(Protocol):
@@ -29,7 +38,16 @@ class Platform(Protocol):
         """Call `gone` once when the process (child or not) ends; raise `ProcessLookupError` if it already has."""
 
     def footprint(self, pid: int) -> int | None:
-        """Return the memory the process really occupies."""
+        """Return the memory the process really occupies and nobody else does. Cheap: well below a millisecond."""
+
+    def total(self) -> int | None:
+        """Return the memory of the machine."""
+
+    def gpu_limit(self) -> int | None:
+        """Return what the GPU may use of it, None if there is none or it is not known."""
+
+    def pressure(self) -> Pressure | None:
+        """Return how short of memory the system is."""
 
     def available(self) -> int | None:
         """Return the memory that a new process could be given now."""

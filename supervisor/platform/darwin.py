@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import psutil
 
+from supervisor.platform.base import Pressure
 from supervisor.platform.blas import Preload
 
 #: `rusage_info_v0` of <sys/resource.h>: uuid[16] and ten 64-bit fields; `ri_phys_footprint` is the eighth.
@@ -27,6 +28,8 @@ _LOCAL_PEERPID: Final = 2
 _XUCRED_BYTES: Final = 76
 _XUCRED_HEAD_BYTES: Final = 8
 _F_FULLFSYNC: Final = 51
+#: Up to here macOS lets the GPU wire two thirds, above three quarters.
+_SMALL_MACHINE_BYTES: Final = 36 * 1024**3
 
 
 def footprint_of(rusage: bytes) -> int:
@@ -103,6 +106,31 @@ class Darwin:
         if self._libc.proc_pid_rusage(pid, _RUSAGE_INFO_V0, usage) != 0:
             return None
         return footprint_of(usage.raw)
+
+    def total(self) -> int | None:
+        """Return `hw.memsize`."""
+        return self._sysctl(b"hw.memsize")
+
+    def gpu_limit(self) -> int | None:
+        """Return what Metal recommends: `iogpu.wired_limit_mb`, by default two thirds of small and three quarters of
+        large machines."""
+        megabytes, total = self._sysctl(b"iogpu.wired_limit_mb"), self.total()
+        if megabytes:
+            return megabytes * 1024 * 1024
+        return None if total is None else total * 2 // 3 if total <= _SMALL_MACHINE_BYTES else total * 3 // 4
+
+    def pressure(self) -> Pressure | None:
+        """Return `kern.memorystatus_vm_pressure_level`."""
+        level = self._sysctl(b"kern.memorystatus_vm_pressure_level")
+        return Pressure(level) if level in set(Pressure) else None
+
+    def _sysctl(self, name: bytes) -> int | None:
+        """Return an integer, which may have 4 or 8 bytes; None if there is none of that name."""
+        value = ctypes.create_string_buffer(8)
+        size = ctypes.c_size_t(8)
+        if self._libc.sysctlbyname(name, value, ctypes.byref(size), None, 0) != 0:
+            return None
+        return int.from_bytes(value.raw[: size.value], "little")
 
     def available(self) -> int | None:
         """Return free and inactive memory; what a dead process left wired is in neither."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import socket
 import struct
 from collections.abc import Callable
@@ -9,11 +10,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final
 
+from supervisor.platform.base import Pressure
 from supervisor.platform.blas import Preload, find_blas
 
 _UCRED: Final = struct.Struct("iII")
 #: Position of `starttime` (clock ticks since boot) behind the command name in /proc/PID/stat, see proc(5).
 _STARTTIME: Final = 19
+_FIELD: Final = re.compile(rb"^(\w{1,40}):\s{1,40}(\d{1,18}) kB$", re.MULTILINE)
+_STALLS: Final = re.compile(rb"^(some|full) avg10=(\d{1,3}\.\d{1,4}) ", re.MULTILINE)
+#: Percent of the last ten seconds. A machine that waits for memory this much is close to standing still.
+_WARNING_STALL: Final = 20.0
+_CRITICAL_STALL: Final = 40.0
 
 
 class PidfdWatch:
@@ -62,26 +69,37 @@ class Linux:
         return PidfdWatch(loop, pid, gone)
 
     def footprint(self, pid: int) -> int | None:
-        """Return the proportional set size: shared library pages are counted once over all processes."""
+        """Return anonymous, shared and swapped-out memory; pages of files, which can be dropped, are not in it.
+
+        That is what macOS counts, too. The proportional set size would take 35 ms for each 600 MB.
+        """
+        fields = _fields(f"/proc/{pid}/status")
+        if fields is None or b"RssAnon" not in fields:  # a zombie has no memory to tell of
+            return None
+        return sum(fields.get(name, 0) for name in (b"RssAnon", b"RssShmem", b"VmSwap")) * 1024
+
+    def total(self) -> int | None:
+        """Return `MemTotal`."""
+        return _of_machine(b"MemTotal")
+
+    def gpu_limit(self) -> int | None:
+        """None: the CPU computes here."""
+        return None
+
+    def pressure(self) -> Pressure | None:
+        """Return what the kernel's stall information amounts to: the share of the last 10 s that all or some waited."""
         try:
-            text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
+            text = Path("/proc/pressure/memory").read_bytes()
         except OSError:
             return None
-        for line in text.splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
-        return None
+        found = {match[1]: float(match[2]) for match in _STALLS.finditer(text)}
+        if found.get(b"full", 0.0) >= _CRITICAL_STALL:
+            return Pressure.CRITICAL
+        return Pressure.WARNING if found.get(b"some", 0.0) >= _WARNING_STALL else Pressure.NORMAL
 
     def available(self) -> int | None:
         """Return `MemAvailable`."""
-        try:
-            text = Path("/proc/meminfo").read_text(encoding="ascii")
-        except OSError:
-            return None
-        for line in text.splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-        return None
+        return _of_machine(b"MemAvailable")
 
     def peer(self, sock: socket.socket) -> tuple[int, int]:
         """Return (uid, pid) from SO_PEERCRED."""
@@ -95,3 +113,17 @@ class Linux:
     def preload(self, links: Path) -> Preload | None:
         """Return OpenBLAS of the `cmeel-openblas` package, if it computes here."""
         return find_blas(links)
+
+
+def _fields(file: str) -> dict[bytes, int] | None:
+    """Return the numbers of a file with lines of name, colon, number; None if it cannot be read."""
+    try:
+        text = Path(file).read_bytes()
+    except OSError:
+        return None
+    return {match[1]: int(match[2]) for match in _FIELD.finditer(text)}
+
+
+def _of_machine(name: bytes) -> int | None:
+    value = (_fields("/proc/meminfo") or {}).get(name)
+    return None if value is None else value * 1024

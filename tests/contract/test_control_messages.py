@@ -19,6 +19,8 @@ from protocol.control import (
     Drain,
     Drained,
     Dying,
+    FitReply,
+    FitRequest,
     FromSupervisor,
     GatewayHeartbeat,
     GatewayHello,
@@ -29,8 +31,10 @@ from protocol.control import (
     LoadRequest,
     Misbehaved,
     Ping,
+    PinRequest,
     Progress,
     Ready,
+    Relieve,
     ResetRequest,
     RestartRequest,
     Result,
@@ -97,8 +101,8 @@ GOLDEN: tuple[tuple[Any, str], ...] = (
         "930995cd2000ce202fbf0091a46368617420c2cb4004000000000000",
     ),
     (
-        Heartbeat(Phase.DECODE, 1234, 0.25, 16, 3, 600_000_000, 1_000, 700_000_000),
-        "990aa66465636f6465cd04d2cb3fd00000000000001003ce23c34600cd03e8ce29b92700",
+        Heartbeat(Phase.DECODE, 1234, 0.25, 16, 3, 600_000_000, 1_000, 700_000_000, 99),
+        "9a0aa66465636f6465cd04d2cb3fd00000000000001003ce23c34600cd03e8ce29b9270063",
     ),
     (
         Dying(87, "Metal ran out of memory"),
@@ -117,8 +121,8 @@ GOLDEN: tuple[tuple[Any, str], ...] = (
         "9311cb403e000000000000c3",
     ),
     (
-        Stop("unload"),
-        "9212a6756e6c6f6164",
+        Stop("too much", "insufficient_memory"),
+        "9312a8746f6f206d756368b3696e73756666696369656e745f6d656d6f7279",
     ),
     (
         Catalog(
@@ -143,11 +147,12 @@ GOLDEN: tuple[tuple[Any, str], ...] = (
                     total_bytes=2,
                 ),
             ],
+            True,
         ),
         (
-            "931305929ba86f72672f74696e79a57265616479ce6553f10007b22f682f72756e2f74696e792e372e736f636b95cd20"
+            "941305929ba86f72672f74696e79a57265616479ce6553f10007b22f682f72756e2f74696e792e372e736f636b95cd20"
             "00ce202fbf0091a46368617420c2a0a0c000009ba162a76261636b6f66660100a0c0b06d6f64656c5f72657374617274"
-            "696e67a753494741425254050102"
+            "696e67a753494741425254050102c3"
         ),
     ),
     (
@@ -171,8 +176,24 @@ GOLDEN: tuple[tuple[Any, str], ...] = (
         "9220c3",
     ),
     (
-        LoadRequest("org/tiny", "/models/tiny"),
-        "9321a86f72672f74696e79ac2f6d6f64656c732f74696e79",
+        LoadRequest("org/tiny", "/models/tiny", True, 3600.0),
+        "9521a86f72672f74696e79ac2f6d6f64656c732f74696e79c3cb40ac200000000000",
+    ),
+    (
+        Relieve(5.0, True),
+        "9316cb4014000000000000c3",
+    ),
+    (
+        FitRequest("org/tiny", "/models/tiny"),
+        "9328a86f72672f74696e79ac2f6d6f64656c732f74696e79",
+    ),
+    (
+        PinRequest("org/tiny", True),
+        "9329a86f72672f74696e79c3",
+    ),
+    (
+        FitReply(b"{}"),
+        "9233c4027b7d",
     ),
     (
         UnloadRequest("org/tiny"),

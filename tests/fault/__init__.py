@@ -17,6 +17,8 @@ list of them) or from a marker in the last message of a request:
     [[io]]                   an exception in the IO thread
     [[leak]]                 descriptors until there are no more
     [[fork]]                 starts a process and aborts
+    [[ballast 150]]          holds so many MB from now on, and answers
+    [[drop]]                 holds no ballast any more, and answers
     [[tokens 500]]           an answer of 500 tokens
     [[think]]                the first five tokens are reasoning
     [[call]]                 the answer is a tool call, its text the argument

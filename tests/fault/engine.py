@@ -1,5 +1,6 @@
 """A model that needs no MLX: counts."""
 
+import mmap
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from worker.jobs import AT_LENGTH, AT_STOP, GOES_ON, NO_SCORES, Answer, Job, Loa
 from worker.prompt import check_stops
 
 #: Prompt "tokens" that carry a fault to the engine: base + index of the word, then its numbers.
-_WORDS = ("abort", "segv", "kill", "exit", "raise", "freeze", "seize", "leak", "fork", "tokens")
+_WORDS = ("abort", "segv", "kill", "exit", "raise", "freeze", "seize", "leak", "fork", "tokens", "ballast", "drop")
 _MARKED = -1
 _ANSWERS: dict[str, Callable[[Answer], Answer]] = {"think": ThinkingAnswer, "call": CallingAnswer}
 
@@ -35,6 +36,9 @@ class CountingBackend:
         self._jobs: dict[int, tuple[Job, int]] = {}
         self._total = 0
         self._next_step_at = 0.0
+        self._ballast: list[mmap.mmap] = []
+        if plan.ballast_mb:
+            self._hold(plan.ballast_mb)
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -56,6 +60,7 @@ class CountingBackend:
         for number, (job, done) in list(self._jobs.items()):
             self._maybe_fail(job, max(0, done))
             if done < 0:
+                self._carry(job)
                 self._jobs[number] = (job, len(job.said))
                 continue
             self._total += 1
@@ -82,11 +87,29 @@ class CountingBackend:
             return job.prompt[2]
         return self._plan.answer_tokens
 
+    def _hold(self, megabytes: int) -> None:
+        """Occupy memory that the allocator does not keep when it is dropped."""
+        held = mmap.mmap(-1, megabytes * 1024 * 1024)
+        for place in range(0, len(held), mmap.PAGESIZE):
+            held[place] = 1
+        self._ballast.append(held)
+
+    def _carry(self, job: Job) -> None:
+        """Take up or drop ballast, if that is what the job says."""
+        if job.prompt[0] != _MARKED:
+            return
+        if _WORDS[job.prompt[1]] == "ballast":
+            self._hold(job.prompt[2])
+        elif _WORDS[job.prompt[1]] == "drop":
+            for held in self._ballast:
+                held.close()
+            self._ballast.clear()
+
     def _maybe_fail(self, job: Job, done: int) -> None:
         if job.prompt[0] != _MARKED:
             return
         word, numbers = _WORDS[job.prompt[1]], job.prompt[2 : 2 + job.prompt[-1]]
-        if word == "tokens":
+        if word in {"tokens", "ballast", "drop"}:
             return
         code = numbers.pop(0) if word == "exit" and numbers else None
         if done >= (numbers[0] if numbers else 0):

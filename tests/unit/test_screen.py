@@ -59,7 +59,7 @@ def document(*models: dict[str, Any], supervisor: dict[str, Any] | None = None, 
 def row(**changes: Any) -> list[str]:
     """The cells of one model's line."""
     heading, line = status_text(document(model(**changes))).splitlines()[3:5]
-    names = ["MODEL", "STATE", "PID", "INC", "RESTARTS", "MEM", "RUN", "WAIT", "LAST EXIT"]
+    names = ["MODEL", "STATE", "PID", "INC", "RESTARTS", "MEM", "PREDICTED", "RUN", "WAIT", "LAST EXIT"]
     places = [heading.index(name) for name in names]
     return [line[a:b].strip() for a, b in zip(places, [*places[1:], None], strict=True)]
 
@@ -120,7 +120,7 @@ def test_supervisor_and_gateway_have_a_line_each() -> None:
 
 
 def test_a_ready_model_has_one_line_of_what_matters() -> None:
-    assert row() == ["org/one", "ready", "4242", "#7", "0", "500.0 MiB", "2", "1", "-"]
+    assert row() == ["org/one", "ready", "4242", "#7", "0", "500.0 MiB", "-", "2", "1", "-"]
 
 
 def test_unknown_memory_is_a_question_mark_and_no_process_has_none() -> None:
@@ -166,12 +166,12 @@ def test_the_last_exit_says_class_how_and_when(
     monkeypatch: pytest.MonkeyPatch, record: dict[str, Any], words: str
 ) -> None:
     monkeypatch.setattr(time, "time", lambda: 1005.5)
-    assert row(last_exit={**record, "reason": "words", "at": 1000.0})[8] == words
+    assert row(last_exit={**record, "reason": "words", "at": 1000.0})[9] == words
 
 
 def test_an_exit_in_the_future_of_a_clock_set_back_is_just_now() -> None:
     record = {"class": "lost", "signal": None, "code": None, "reason": "", "at": time.time() + 1000}
-    assert row(last_exit=record)[8] == "lost, 0 s ago"
+    assert row(last_exit=record)[9] == "lost, 0 s ago"
 
 
 def test_columns_line_up_for_ids_of_any_length() -> None:
