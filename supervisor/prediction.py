@@ -11,7 +11,7 @@ import msgspec
 
 from protocol.kvsize import KvShape, kv_shape
 from protocol.modelfolder import inspect_model_folder, read_config
-from supervisor.statefile import StateFile
+from protocol.statefile import StateFile
 
 _SCHEMA: Final = 1
 _MIB: Final = 1024**2
