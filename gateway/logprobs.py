@@ -27,6 +27,21 @@ def chat_logprobs(found: Sequence[data.TokenLogprob]) -> ChoiceLogprobs:
     )
 
 
+def shown_logprobs(found: list[data.TokenLogprob], text: str) -> list[data.TokenLogprob]:
+    """Return those of the tokens that `text` shows a part of; a stop string cut it, but not what came before.
+
+    Where the tokens are not the text and more (special ones have bytes, and show nothing) all are returned.
+    """
+    raw, before = text.encode(), 0
+    if not b"".join(one.bytes for one in found).startswith(raw):
+        return found
+    for count, one in enumerate(found):
+        if before >= len(raw) and one.bytes:
+            return found[:count]
+        before += len(one.bytes)
+    return found
+
+
 class LegacyWriter:
     """Makes the shape of `/v1/completions`. One per choice: it knows how long the text is so far."""
 

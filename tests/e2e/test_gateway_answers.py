@@ -161,6 +161,22 @@ async def test_log_probabilities_come_with_their_bytes(stream: bool) -> None:
         assert bytes(byte for one in content for byte in one["bytes"]).decode() == "Hé☃"
 
 
+async def test_what_a_stop_string_cut_off_has_no_log_probabilities() -> None:
+    async with stack() as lmx:
+        worker = await lmx.start_worker()
+        found = [logprob("Hi", -0.5), logprob(" EN", -1.0), logprob("DED", -1.0)]
+        asking = lmx.chat(logprobs=True, stop=" END")
+        submit = await worker.accept()
+        await tell(worker, last(submit.rid, "Hi", 3, logprobs=found))
+        choice = (await asking).json()["choices"][0]
+        assert [one["token"] for one in choice["logprobs"]["content"]] == ["Hi"]
+        asking = complete(lmx, logprobs=0, stop=" END")
+        submit = await worker.accept()
+        await tell(worker, last(submit.rid, "Hi", 3, logprobs=found))
+        choice = (await asking).json()["choices"][0]
+        assert choice["logprobs"]["tokens"] == ["Hi"]
+
+
 # -- several choices ----------------------------------------------------------------------------------------------
 
 

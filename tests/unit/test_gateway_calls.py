@@ -13,7 +13,7 @@ from gateway.calls import Calls, ask, seeded
 from gateway.catalog import CatalogView
 from gateway.chat import tool_calls
 from gateway.context import RequestContext, attach
-from gateway.logprobs import LEAST, LegacyWriter, chat_logprobs, mean, token_name
+from gateway.logprobs import LEAST, LegacyWriter, chat_logprobs, mean, token_name, shown_logprobs
 from gateway.requests import Request
 from gateway.responses import Function, ToolCall
 from gateway.traffic import Traffic
@@ -96,3 +96,14 @@ def test_of_two_tokens_with_one_name_the_likelier_counts() -> None:
 def test_the_mean_leaves_out_what_nothing_predicts() -> None:
     assert mean([one("a", None), one("b", -1.0), one("c", -2.0)]) == -1.5
     assert mean([one("a", None)]) == mean([]) == LEAST
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("", 0), ("a", 1), ("a ", 2), ("a bc", 2), ("a bcd", 3), ("a bcd☃", 5), ("another", 5)],
+)
+def test_tokens_that_the_text_shows_nothing_of_have_no_log_probabilities(text: str, count: int) -> None:
+    """ "another" stands for text that is not its tokens: nothing is known of what it shows."""
+    snowman = [one("\ufffd", -1.0, b"\xe2\x98"), one("\ufffd", -1.0, b"\x83")]
+    found = [one("a", -1.0), one(" bc", -1.0), one("d", -1.0), *snowman]
+    assert shown_logprobs(found, text) == found[:count]
