@@ -13,7 +13,7 @@ from gateway.calls import Calls, ask, seeded
 from gateway.catalog import CatalogView
 from gateway.chat import tool_calls
 from gateway.context import RequestContext, attach
-from gateway.logprobs import LEAST, LegacyWriter, chat_logprobs, mean, token_name, shown_logprobs
+from gateway.logprobs import LEAST, LegacyWriter, chat_logprobs, mean, shown_logprobs, token_name
 from gateway.requests import Request
 from gateway.responses import Function, ToolCall
 from gateway.traffic import Traffic
