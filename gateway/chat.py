@@ -9,7 +9,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.calls import Calls, ask, seeded
 from gateway.chunks import ChatChunks, finish_reason
 from gateway.errors import send_json
-from gateway.logprobs import chat_logprobs, shown_logprobs
+from gateway.logprobs import Shown, chat_logprobs
 from gateway.requests import Request
 from gateway.responses import AnswerMessage, ChatCompletion, Choice, Function, ToolCall, encode
 from gateway.stream import EventStream, usage_of
@@ -63,11 +63,8 @@ def _choice(index: int, request: Request) -> Choice:
         message.reasoning_content = "".join(extras.reasoning)
     if extras.tool_calls:
         message.tool_calls = tool_calls(extras.tool_calls)
-    reason = finish_reason(request.finish)
-    found = extras.logprobs
-    if reason == "stop" and not extras.reasoning:
-        found = shown_logprobs(found, text)
-    return Choice(message, reason, index, chat_logprobs(found) if extras.logprobs else None)
+    logprobs = chat_logprobs(Shown().take(extras, text, request.finish)) if extras.logprobs else None
+    return Choice(message, finish_reason(request.finish), index, logprobs)
 
 
 def tool_calls(deltas: list[ToolDelta]) -> list[ToolCall]:

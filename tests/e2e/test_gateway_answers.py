@@ -161,6 +161,19 @@ async def test_log_probabilities_come_with_their_bytes(stream: bool) -> None:
         assert bytes(byte for one in content for byte in one["bytes"]).decode() == "Hé☃"
 
 
+async def test_what_a_stop_string_cut_off_has_no_log_probabilities_in_a_stream_either() -> None:
+    async with stack() as lmx:
+        worker = await lmx.start_worker()
+        asking = lmx.chat(stream=True, logprobs=True, stop=" END")
+        submit = await worker.accept()
+        await tell(worker, Delta(submit.rid, "Hi", [1], logprobs=[logprob("Hi", -0.5)]))
+        await tell(worker, Delta(submit.rid, "", [2], logprobs=[logprob(" EN", -0.5)]))
+        await tell(worker, last(submit.rid, "", 3, logprobs=[]))
+        found = of_choice(events((await asking).text, CHAT_CHUNK), 0)
+        content = [one["token"] for choice in found if choice["logprobs"] for one in choice["logprobs"]["content"]]
+        assert content == ["Hi"]
+
+
 async def test_what_a_stop_string_cut_off_has_no_log_probabilities() -> None:
     async with stack() as lmx:
         worker = await lmx.start_worker()
