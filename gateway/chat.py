@@ -9,7 +9,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.calls import Calls, ask, seeded
 from gateway.chunks import ChatChunks, finish_reason
 from gateway.errors import send_json
-from gateway.logprobs import chat_logprobs
+from gateway.logprobs import Shown, chat_logprobs
 from gateway.requests import Request
 from gateway.responses import AnswerMessage, ChatCompletion, Choice, Function, ToolCall, encode
 from gateway.stream import EventStream, usage_of
@@ -63,7 +63,7 @@ def _choice(index: int, request: Request) -> Choice:
         message.reasoning_content = "".join(extras.reasoning)
     if extras.tool_calls:
         message.tool_calls = tool_calls(extras.tool_calls)
-    logprobs = chat_logprobs(extras.logprobs) if extras.logprobs else None
+    logprobs = chat_logprobs(Shown().take(extras, text, request.finish)) if extras.logprobs else None
     return Choice(message, finish_reason(request.finish), index, logprobs)
 
 

@@ -6,11 +6,11 @@ from typing import Any, Final, Protocol
 import msgspec
 from msgspec import UNSET
 
-from gateway.logprobs import LegacyWriter, chat_logprobs
+from gateway.logprobs import LegacyWriter, Shown, chat_logprobs
 from gateway.requests import Extras, Request
 from gateway.responses import CompletionUsage, FinishReason, FunctionPiece, ToolCallPiece
 from gateway.sse import frame, json_line
-from protocol.data import Finish, ToolDelta
+from protocol.data import Finish, TokenLogprob, ToolDelta
 
 _encode: Final = msgspec.json.Encoder().encode
 #: Of an enum's members, by number: hashing one is slow.
@@ -65,6 +65,7 @@ class ChatChunks(_Common):
         self, answer_id: str, created: int, model: str, fingerprint: str, *, usage: bool, choices: int = 1
     ) -> None:
         super().__init__("chat.completion.chunk", answer_id, created, model, fingerprint, usage=usage)
+        self._shown = [Shown() for _ in range(choices)]
         self._heads = [self._common + b',"choices":[{"index":%d,"delta":' % index for index in range(choices)]
         self._content_heads = [b'data: %b{"content":' % head for head in self._heads]
         self._tail = b',"logprobs":null,"finish_reason":null}]' + self._no_usage + b"}"
@@ -77,8 +78,8 @@ class ChatChunks(_Common):
     def piece(self, index: int, request: Request) -> bytes:
         """Take what a request has gained and return it as chunks."""
         text = request.take()
-        if request.extras is not None:
-            return self._rich(index, text, request.take_extras())
+        if request.extras is not None or self._shown[index]:
+            return self._rich(index, text, request.take_extras(), request.finish)
         return self.content(index, text) if text else b""
 
     def content(self, index: int, text: str) -> bytes:
@@ -90,15 +91,18 @@ class ChatChunks(_Common):
         """Return the chunk that says why the choice ended."""
         return self._chunk(index, b"{}", b"null", b'"%b"' % finish_reason(finish).encode())
 
-    def _rich(self, index: int, text: str, extras: Extras) -> bytes:
+    def _rich(self, index: int, text: str, extras: Extras, finish: Finish | None) -> bytes:
         """Return a chunk for each kind: no client has to expect two in one. Logprobs come with the first."""
+        found = self._shown[index].take(extras, text, finish)
+        if not (found or text or extras.reasoning or extras.tool_calls):
+            return b""
         deltas: list[bytes] = []
         if extras.reasoning:
             deltas.append(b'{"reasoning_content":%b}' % json_line("".join(extras.reasoning)))
         if text or not (deltas or extras.tool_calls):
             deltas.append(b'{"content":%b}' % json_line(text))
         deltas += [b'{"tool_calls":[%b]}' % json_line(call) for call in _tool_pieces(extras.tool_calls)]
-        logprobs = json_line(chat_logprobs(extras.logprobs)) if extras.logprobs else b"null"
+        logprobs = json_line(chat_logprobs(found)) if found else b"null"
         first, *others = deltas
         return self._chunk(index, first, logprobs) + b"".join(self._chunk(index, other) for other in others)
 
@@ -130,6 +134,7 @@ class TextChunks(_Common):
     ) -> None:
         super().__init__("text_completion", answer_id, created, model, fingerprint, usage=usage)
         self._logprobs = [LegacyWriter() for _ in range(choices)]
+        self._shown = [Shown() for _ in range(choices)]
         self._head = self._common + b',"choices":[{"text":'
 
     def begin(self, _index: int) -> bytes:
@@ -139,7 +144,9 @@ class TextChunks(_Common):
     def piece(self, index: int, request: Request) -> bytes:
         """Take what a request has gained and return it as one event."""
         text = request.take()
-        logprobs = request.take_extras().logprobs if request.extras is not None else ()
+        logprobs: Sequence[TokenLogprob] = ()
+        if request.extras is not None or self._shown[index]:
+            logprobs = self._shown[index].take(request.take_extras(), text, request.finish)
         if not text and not logprobs:
             return b""
         shaped = json_line(self._logprobs[index].shape(logprobs)) if logprobs else b"null"

@@ -10,7 +10,7 @@ from gateway.calls import Calls, ask, seeded
 from gateway.chat import FINGERPRINT
 from gateway.chunks import TextChunks, finish_reason
 from gateway.errors import send_json
-from gateway.logprobs import LegacyWriter, mean
+from gateway.logprobs import LegacyWriter, Shown, mean
 from gateway.requests import Extras, Request
 from gateway.responses import Completion, TextChoice, encode
 from gateway.stream import EventStream, usage_of
@@ -77,12 +77,8 @@ def _choices(wanted: CompletionCall, requests: list[Request]) -> list[TextChoice
             # With `echo` the prompt's log probabilities are the same in all.
             answers.sort(key=lambda answer: mean(answer.extras.logprobs), reverse=True)
         for answer in answers[: wanted.n]:
-            choices.append(
-                TextChoice(
-                    answer.request.take(),
-                    len(choices),
-                    LegacyWriter().shape(answer.extras.logprobs) if wanted.logprobs else None,
-                    finish_reason(answer.request.finish),
-                )
-            )
+            text, finish = answer.request.take(), answer.request.finish
+            shown = Shown().take(answer.extras, text, finish)
+            logprobs = LegacyWriter().shape(shown) if wanted.logprobs else None
+            choices.append(TextChoice(text, len(choices), logprobs, finish_reason(finish)))
     return choices

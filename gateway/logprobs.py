@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
+from gateway.requests import Extras
 from gateway.responses import ChoiceLogprobs, LegacyLogprobs, TokenLogprob, TopLogprob
 from protocol import data
 
@@ -25,6 +26,41 @@ def chat_logprobs(found: Sequence[data.TokenLogprob]) -> ChoiceLogprobs:
             for one in found
         ]
     )
+
+
+class Shown:
+    """Holds log probabilities back until the text shows some of their token: a stop string may yet cut it off.
+
+    One per choice. Where the tokens are not the text (special ones, thoughts, calls) nothing is held.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[data.TokenLogprob] = []
+        #: What the tokens so far say beyond the text so far.
+        self._ahead = b""
+        self._loose = False
+
+    def __bool__(self) -> bool:
+        return bool(self._held)
+
+    def take(self, extras: Extras, text: str, finish: data.Finish | None) -> list[data.TokenLogprob]:
+        """Return what may be shown now that there is this text and more of these; with a `finish` the rest."""
+        raw, found = text.encode(), self._held + extras.logprobs
+        self._ahead += b"".join(one.bytes for one in extras.logprobs)
+        if extras.reasoning or extras.tool_calls or not self._ahead.startswith(raw):
+            self._loose = True
+        if self._loose or finish not in {None, data.Finish.STOP}:
+            self._held = []
+            self._ahead = b""
+            return found
+        self._ahead = self._ahead[len(raw) :]
+        left = sum(len(one.bytes) for one in found) - len(self._ahead)
+        count = 0
+        while count < len(found) and left > 0:
+            left -= len(found[count].bytes)
+            count += 1
+        self._held = found[count:] if finish is None else []
+        return found[:count]
 
 
 class LegacyWriter:

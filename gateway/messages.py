@@ -8,7 +8,7 @@ from gateway.decode import bad, missing, unsupported
 from gateway.schemas import ContentPart, Message, MessageToolCall
 from protocol.data import ChatMessage, ToolCall
 
-_ROLES: Final = frozenset({"system", "developer", "user", "assistant", "tool"})
+ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 _MAX_NAME_CHARS: Final = 256
 _MAX_CALLS: Final = 128
 #: Kind of a content part -> what it is, for the words of the refusal.
@@ -37,7 +37,7 @@ def _message(message: Message, where: str) -> ChatMessage:
     role = message.role
     if role == "function":
         raise unsupported(f"{where}.role", "The role 'function' is not supported by this server; use 'tool'.")
-    if role not in _ROLES:
+    if role not in ROLES:
         raise bad(f"{where}.role", "must be system, developer, user, assistant or tool")
     if message.function_call is not None:
         text = "'function_call' in a message is not supported by this server; use 'tool_calls'."

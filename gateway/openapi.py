@@ -8,10 +8,23 @@ from typing import Any, Final, NamedTuple
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from gateway import parameters, responses
+from gateway import parameters, responses, tools
 from gateway.errors import send_json
+from gateway.messages import ROLES
 from gateway.parameters import Parameters
-from gateway.sampling import LOGIT_BIAS, MAX_CHOICES, MAX_TOP_LOGPROBS, MIN_P, PENALTY, REPETITION, TOP_P, Range
+from gateway.sampling import (
+    LOGIT_BIAS,
+    MAX_CHOICES,
+    MAX_STOP_CHARS,
+    MAX_STOPS,
+    MAX_TOP_K,
+    MAX_TOP_LOGPROBS,
+    MIN_P,
+    PENALTY,
+    REPETITION,
+    TOP_P,
+    Range,
+)
 from gateway.validate import MAX_BEST_OF, MAX_LEGACY_LOGPROBS
 from protocol import __version__
 
@@ -71,6 +84,45 @@ _BOUNDS: Final[Mapping[str, tuple[float, float]]] = MappingProxyType(
     }
 )
 _ABOVE: Final[Mapping[str, Range]] = MappingProxyType({"repetition_penalty": REPETITION, "top_p": TOP_P})
+_SOME: Final = MappingProxyType({"minItems": 1, "minLength": 1})
+_FUNCTION: Final = MappingProxyType({"enum": ["function"]})
+_NAME: Final = MappingProxyType({"pattern": f"^{tools.NAME.pattern}$"})
+#: What else is checked where the types say less, by struct and field.
+_RULES: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        "ChatRequest.max_completion_tokens": {"minimum": 1},
+        "ChatRequest.max_tokens": {"minimum": 1},
+        "ChatRequest.messages": _SOME,
+        "ChatRequest.reasoning_effort": {"enum": [None, *tools.EFFORTS]},
+        "ChatRequest.stop": {"maxItems": MAX_STOPS, "minLength": 1, "maxLength": MAX_STOP_CHARS},
+        "ChatRequest.tools": {"maxItems": tools.MAX_TOOLS},
+        "ChatRequest.top_k": {"minimum": -1, "maximum": MAX_TOP_K},
+        "ChatRequest.truncation": {"enum": [None, *tools.TRUNCATIONS]},
+        "ChosenFunction.name": _NAME,
+        "ChosenTool.type": _FUNCTION,
+        "CompletionRequest.max_tokens": {"minimum": 0},
+        "CompletionRequest.prompt": {"minItems": 1},
+        "CompletionRequest.stop": {"maxItems": MAX_STOPS, "minLength": 1, "maxLength": MAX_STOP_CHARS},
+        "CompletionRequest.top_k": {"minimum": -1, "maximum": MAX_TOP_K},
+        "ContentPart.type": {"enum": ["text", "refusal"]},
+        "Document.text": _SOME,
+        "EmbeddingRequest.dimensions": {"minimum": 1},
+        "EmbeddingRequest.encoding_format": {"enum": [None, "float", "base64"]},
+        "EmbeddingRequest.input": _SOME,
+        "JsonSchema.name": _NAME,
+        "JsonSchema.schema": {"type": ["object", "null"]},
+        "Message.role": {"enum": list(ROLES)},
+        "MessageToolCall.type": _FUNCTION,
+        "RerankRequest.documents": _SOME,
+        "RerankRequest.query": _SOME,
+        "RerankRequest.top_n": {"minimum": 1},
+        "ResponseFormat.type": {"enum": ["text", "json_object", "json_schema"]},
+        "TokenizeRequest.messages": _SOME,
+        "TokenizeRequest.tools": {"maxItems": tools.MAX_TOOLS},
+        "Tool.type": _FUNCTION,
+        "ToolFunction.name": _NAME,
+    }
+)
 
 
 class OpenApi:
@@ -94,6 +146,9 @@ def document() -> dict[str, Any]:
     kinds |= {responses.ErrorEnvelope, responses.Problem}
     in_order = sorted(kinds, key=lambda kind: kind.__name__)
     _, schemas = msgspec.json.schema_components(in_order, ref_template=_REF)
+    for place, rules in _RULES.items():
+        name, _, field = place.partition(".")
+        schemas[name]["properties"][field].update(rules)
     for operation in OPERATIONS:
         if operation.takes is not None:
             _complete(schemas[operation.takes.request.__name__]["properties"], operation.takes)
@@ -116,8 +171,7 @@ def document() -> dict[str, Any]:
 def _described(operation: Operation) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": _ref(operation.response)}}
     if operation.chunk is not None:
-        # Each `data:` line holds one, but the last, which is [DONE].
-        content["text/event-stream"] = {"schema": {"type": "string"}, "x-event-schema": _ref(operation.chunk)}
+        content["text/event-stream"] = {"schema": _event(operation.chunk)}
     failed = {
         "application/json": {"schema": _ref(responses.ErrorEnvelope)},
         "application/problem+json": {"schema": _ref(responses.Problem)},
@@ -140,8 +194,25 @@ def _described(operation: Operation) -> dict[str, Any]:
     return described
 
 
+def _event(chunk: type[msgspec.Struct]) -> dict[str, Any]:
+    """Describe one event of a stream, as tools read it that know OpenAPI 3.1; comments are no events."""
+    read = {
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [_ref(chunk), _ref(responses.ErrorEnvelope)]},
+    }
+    return {
+        "type": "object",
+        "properties": {
+            "event": {"type": "string", "description": "`error` for one that ends the stream without [DONE]."},
+            "data": {"type": "string", "anyOf": [{"const": "[DONE]"}, read]},
+        },
+        "required": ["data"],
+    }
+
+
 def _complete(properties: dict[str, Any], takes: Parameters) -> None:
     """Say what the types do not: bounds, and the parameters that are refused or have no effect."""
+    properties["model"]["minLength"] = 1
     for name, schema in properties.items():
         if name in _BOUNDS:
             schema["minimum"], schema["maximum"] = _BOUNDS[name]

@@ -13,7 +13,7 @@ MAX_TOOLS: Final = 128
 #: Coding agents send a tenth of that.
 MAX_TOOLS_BYTES: Final = 1024 * 1024
 MAX_SCHEMA_BYTES: Final = 256 * 1024
-MAX_TEMPLATE_ARGS_BYTES: Final = 64 * 1024
+MAX_TEMPLATE_ARGS_BYTES: Final = 16 * 1024
 NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 NAME_RULE: Final = "must have 1 to 64 letters, digits, dashes or underscores"
 EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh")
@@ -26,9 +26,17 @@ RESERVED_ARGS: Final = frozenset(
         "chat_template",
         "continue_final_message",
         "conversation",
+        "documents",
+        "max_length",
         "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
         "tokenize",
+        "tokenizer_kwargs",
         "tools",
+        "truncation",
     }
 )
 

@@ -10,7 +10,7 @@ from protocol.errors import LmxError
 
 MAX_TOOLS: Final = 128
 MAX_TEMPLATE_ARGS_BYTES: Final = 16 * 1024
-_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 #: What is between a template and us, and no business of a request.
 _RESERVED: Final = frozenset(
     {
@@ -97,7 +97,7 @@ def _read_tools(encoded: bytes) -> tuple[dict[str, Any], ...]:
             raise LmxError("invalid_value", f"{where} must be of type function", param=where)
         name = function.get("name")
         if not isinstance(name, str) or _NAME.fullmatch(name) is None:
-            words = f"{where}.function.name must be 1 to 64 letters, digits, dots, dashes or underscores"
+            words = f"{where}.function.name must be 1 to 64 letters, digits, dashes or underscores"
             raise LmxError("invalid_value", words, param=f"{where}.function.name")
         if name in names:
             raise LmxError("invalid_value", f"{where} has the name of another tool", param=f"{where}.function.name")

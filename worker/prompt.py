@@ -156,8 +156,7 @@ class PromptMaker:
         with self._lock:
             grammars = self._grammars
         if grammars is None:
-            param = "tool_choice" if wanted.forced else "response_format"
-            raise LmxError("unsupported_parameter", "This model's tokenizer cannot be held to a grammar", param=param)
+            raise _unconstrained(wanted)
         if wanted.forced:
             return grammars.for_call(wanted.forced, thinking)
         return grammars.for_schema(wanted.schema or b"", thinking)
@@ -201,6 +200,16 @@ class PromptMaker:
             return None, set()
         encoded = [tokenizer.encode(marker, add_special_tokens=False) for marker in markers if marker]
         return splitter, {token for tokens in encoded for token in tokens}
+
+
+def _unconstrained(wanted: Wanted) -> LmxError:
+    """Return why a model cannot be held to anything. LangChain knows what to do by this very sentence."""
+    if wanted.forced:
+        words = "This model's tokenizer cannot be held to a call: set 'tool_choice' to auto or none"
+        return LmxError("unsupported_parameter", words, param="tool_choice")
+    kind = "json_schema" if wanted.schema else "json_object"
+    words = f"Invalid parameter: 'response_format' of type '{kind}' is not supported with this model"
+    return LmxError("unsupported_parameter", words, param="response_format")
 
 
 def check_stops(stops: tuple[str, ...]) -> tuple[str, ...]:

@@ -71,7 +71,7 @@ class ChatTemplate:
         if wanted.effort:
             arguments |= self._effort(wanted.effort)
         if wanted.reasoning is not None:
-            arguments |= self._thinking(wanted.reasoning, "reasoning")
+            arguments |= self._thinking(wanted.reasoning, "enable_thinking")
         return arguments
 
     def render(self, messages: Sequence[ChatMessage], wanted: Wanted, arguments: dict[str, Any]) -> str:

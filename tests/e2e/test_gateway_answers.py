@@ -161,6 +161,35 @@ async def test_log_probabilities_come_with_their_bytes(stream: bool) -> None:
         assert bytes(byte for one in content for byte in one["bytes"]).decode() == "Hé☃"
 
 
+async def test_what_a_stop_string_cut_off_has_no_log_probabilities_in_a_stream_either() -> None:
+    async with stack() as lmx:
+        worker = await lmx.start_worker()
+        asking = lmx.chat(stream=True, logprobs=True, stop=" END")
+        submit = await worker.accept()
+        await tell(worker, Delta(submit.rid, "Hi", [1], logprobs=[logprob("Hi", -0.5)]))
+        await tell(worker, Delta(submit.rid, "", [2], logprobs=[logprob(" EN", -0.5)]))
+        await tell(worker, last(submit.rid, "", 3, logprobs=[]))
+        found = of_choice(events((await asking).text, CHAT_CHUNK), 0)
+        content = [one["token"] for choice in found if choice["logprobs"] for one in choice["logprobs"]["content"]]
+        assert content == ["Hi"]
+
+
+async def test_what_a_stop_string_cut_off_has_no_log_probabilities() -> None:
+    async with stack() as lmx:
+        worker = await lmx.start_worker()
+        found = [logprob("Hi", -0.5), logprob(" EN", -1.0), logprob("DED", -1.0)]
+        asking = lmx.chat(logprobs=True, stop=" END")
+        submit = await worker.accept()
+        await tell(worker, last(submit.rid, "Hi", 3, logprobs=found))
+        choice = (await asking).json()["choices"][0]
+        assert [one["token"] for one in choice["logprobs"]["content"]] == ["Hi"]
+        asking = complete(lmx, logprobs=0, stop=" END")
+        submit = await worker.accept()
+        await tell(worker, last(submit.rid, "Hi", 3, logprobs=found))
+        choice = (await asking).json()["choices"][0]
+        assert choice["logprobs"]["tokens"] == ["Hi"]
+
+
 # -- several choices ----------------------------------------------------------------------------------------------
 
 
@@ -249,9 +278,18 @@ async def test_leaving_ends_every_choice() -> None:
 async def test_every_choice_goes_on_in_the_next_process() -> None:
     async with stack() as lmx:
         worker = await lmx.start_worker()
-        asking = lmx.chat(n=2, stream=True)
+        body: list[str] = []
+
+        async def read() -> None:
+            async with lmx.client.stream("POST", "/v1/chat/completions", json=chat_body(n=2, stream=True)) as answer:
+                async for piece in answer.aiter_text():
+                    body.append(piece)  # noqa: PERF401 - looked at while it grows
+
+        asking = asyncio.create_task(read())
         submits = await accept(worker, 2)
         await tell(worker, *(Delta(submit.rid, "Hel", [1]) for submit in submits))
+        # A dead process' unsent words are lost: only what has reached the client is surely continued.
+        await until(lambda: "".join(body).count('"Hel"') == 2)
         worker.die()
         again = await lmx.start_worker("tiny", 2)
         rids = set()
@@ -263,7 +301,8 @@ async def test_every_choice_goes_on_in_the_next_process() -> None:
             rids.add(submit.rid)
             await again.step(submit.rid, "lo", finish=Finish.STOP)
         assert rids == {submit.rid for submit in submits}
-        found = events((await asking).text, CHAT_CHUNK)
+        await asking
+        found = events("".join(body), CHAT_CHUNK)
         texts = ["".join(c["delta"].get("content", "") for c in of_choice(found, index)) for index in (0, 1)]
         assert texts == ["Hello", "Hello"]
 

@@ -1,6 +1,7 @@
 """Answers of the fault worker that are more than text."""
 
 from protocol.data import ToolDelta
+from protocol.errors import LmxError
 from worker.jobs import NOTHING, Answer, Said
 
 #: What is thought of an answer that begins with thinking.
@@ -17,6 +18,10 @@ class ThinkingAnswer:
     @property
     def stopped(self) -> bool:
         return self._inner.stopped
+
+    @property
+    def failed(self) -> LmxError | None:
+        return self._inner.failed
 
     @property
     def called(self) -> bool:
@@ -41,6 +46,10 @@ class CallingAnswer:
     @property
     def stopped(self) -> bool:
         return self._inner.stopped
+
+    @property
+    def failed(self) -> LmxError | None:
+        return self._inner.failed
 
     @property
     def called(self) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+import gateway.tools
+import worker.options
 from protocol.data import ChatMessage, ChatOptions, Kind, Sampling, Submit, ToolCall, ToolChoice
 from protocol.errors import LmxError
 from tests.modelkit import CHATML, make_tiny_model
@@ -178,7 +180,7 @@ def test_a_template_that_wants_arguments_as_text_gets_text(make: Any) -> None:
         ({"template_args": b'{"tokenize": false}'}, "chat_template_kwargs"),
         ({"template_args": b'{"unheard_of": 1}'}, "chat_template_kwargs"),
         ({"template_args": b'{"a": "' + b"x" * 20_000 + b'"}'}, "chat_template_kwargs"),
-        ({"reasoning": True}, "reasoning"),
+        ({"reasoning": True}, "enable_thinking"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
     ],
 )
@@ -186,6 +188,36 @@ def test_what_makes_no_sense_is_refused_by_name(make: Any, options: dict[str, An
     error = refusal(make(), submit(**options))
     assert error.param == param
     assert error.spec.status == 400
+
+
+@pytest.mark.parametrize(
+    ("options", "param", "words"),
+    [
+        (
+            {"json_schema": b'{"type": "object"}'},
+            "response_format",
+            # What LangChain looks for, to go on without.
+            "'response_format' of type 'json_schema' is not supported with this model",
+        ),
+        ({"json_object": True}, "response_format", "of type 'json_object' is not supported with this model"),
+        ({"tools": TOOLS, "tool_choice": ToolChoice.REQUIRED}, "tool_choice", "cannot be held to a call"),
+    ],
+)
+def test_a_model_that_cannot_be_held_to_a_grammar_says_so_in_words_that_clients_know(
+    make: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], param: str, words: str
+) -> None:
+    maker = make()
+    monkeypatch.setattr(maker, "_eos", frozenset())
+    error = refusal(maker, submit(**options))
+    assert (error.code, error.param) == ("unsupported_parameter", param)
+    assert words in error.message
+
+
+def test_the_gateway_lets_nothing_through_that_a_worker_refuses() -> None:
+    assert gateway.tools.NAME.pattern == worker.options._NAME.pattern
+    assert gateway.tools.RESERVED_ARGS == worker.options._RESERVED
+    assert gateway.tools.MAX_TEMPLATE_ARGS_BYTES == worker.options.MAX_TEMPLATE_ARGS_BYTES
+    assert gateway.tools.MAX_TOOLS == worker.options.MAX_TOOLS
 
 
 # -- thinking ---------------------------------------------------------------------------------------------------
@@ -208,7 +240,7 @@ def test_a_model_that_never_thinks_may_be_told_not_to(make: Any) -> None:
 
 def test_a_model_that_always_thinks_cannot_be_told_not_to(make: Any) -> None:
     error = refusal(make(thinks=True), submit(reasoning=False))
-    assert (error.code, error.param) == ("unsupported_parameter", "reasoning")
+    assert (error.code, error.param) == ("unsupported_parameter", "enable_thinking")
     assert say(make(thinks=True), submit(), "<think>\nhm</think>\nyes") == ("yes", "hm", [])
 
 

@@ -13,12 +13,12 @@ from gateway.calls import Calls, ask, seeded
 from gateway.catalog import CatalogView
 from gateway.chat import tool_calls
 from gateway.context import RequestContext, attach
-from gateway.logprobs import LEAST, LegacyWriter, chat_logprobs, mean, token_name
-from gateway.requests import Request
+from gateway.logprobs import LEAST, LegacyWriter, Shown, chat_logprobs, mean, token_name
+from gateway.requests import Extras, Request
 from gateway.responses import Function, ToolCall
 from gateway.traffic import Traffic
 from protocol.config import GatewayConfig
-from protocol.data import Kind, Sampling, TokenLogprob, ToolDelta, TopLogprob
+from protocol.data import Finish, Kind, Sampling, TokenLogprob, ToolDelta, TopLogprob
 
 
 @pytest.mark.parametrize(("size", "aside"), [(1000, False), (1024 * 1024, False), (1024 * 1024 + 1, True)])
@@ -96,3 +96,32 @@ def test_of_two_tokens_with_one_name_the_likelier_counts() -> None:
 def test_the_mean_leaves_out_what_nothing_predicts() -> None:
     assert mean([one("a", None), one("b", -1.0), one("c", -2.0)]) == -1.5
     assert mean([one("a", None)]) == mean([]) == LEAST
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("", 0), ("a", 1), ("a ", 2), ("a bc", 2), ("a bcd", 3), ("a bcd☃", 5), ("another", 5)],
+)
+def test_tokens_that_the_text_shows_nothing_of_have_no_log_probabilities(text: str, count: int) -> None:
+    """ "another" stands for text that is not its tokens: nothing is known of what it shows."""
+    snowman = [one("\ufffd", -1.0, b"\xe2\x98"), one("\ufffd", -1.0, b"\x83")]
+    found = [one("a", -1.0), one(" bc", -1.0), one("d", -1.0), *snowman]
+    assert Shown().take(Extras(logprobs=found), text, Finish.STOP) == found[:count]
+    assert Shown().take(Extras(logprobs=found), text, Finish.LENGTH) == found
+
+
+def test_log_probabilities_wait_for_their_text() -> None:
+    found = [one("a", -1.0), one(" E", -1.0), one("N", -1.0), one("Q", -1.0), one(" END", -1.0)]
+    shown = Shown()
+    assert shown.take(Extras(logprobs=found[:1]), "a", None) == found[:1]
+    assert not shown.take(Extras(logprobs=found[1:2]), "", None)
+    assert not shown.take(Extras(logprobs=found[2:3]), "", None)
+    assert shown.take(Extras(logprobs=found[3:4]), " ENQ", None) == found[1:4]
+    assert not shown
+    assert not shown.take(Extras(logprobs=found[4:]), "", Finish.STOP)
+
+
+def test_log_probabilities_of_thoughts_and_calls_wait_for_nothing() -> None:
+    shown = Shown()
+    assert shown.take(Extras(["hm"], [], [one("hm", -1.0)]), "", None) == [one("hm", -1.0)]
+    assert shown.take(Extras(logprobs=[one("x", -1.0)]), "", None) == [one("x", -1.0)]

@@ -38,6 +38,14 @@ def test_every_reference_leads_somewhere_and_every_schema_is_used() -> None:
     assert names == made["components"]["schemas"].keys()
 
 
+def test_what_a_stream_sends_is_described_event_by_event() -> None:
+    post = document()["paths"]["/v1/chat/completions"]["post"]
+    data = post["responses"]["200"]["content"]["text/event-stream"]["schema"]["properties"]["data"]
+    assert data["anyOf"][0] == {"const": "[DONE]"}
+    chunk = {"$ref": "#/components/schemas/ChatCompletionChunk"}
+    assert chunk in data["anyOf"][1]["contentSchema"]["anyOf"]
+
+
 async def test_every_route_is_described_and_nothing_else() -> None:
     app: Any = build_app(GatewayConfig(), CatalogView(), Mock(), Traffic())
     assert isinstance(app, Starlette)
