@@ -67,7 +67,7 @@ class Host:
         self.crashes = CrashReports(
             home.crashes, journal, knows=lambda model: self.find(model) is not None, corrected=self._corrected
         )
-        self.spare = Spare(self.launcher, platform, journal, changed) if config.worker.spare else None
+        self.spare = Spare(self.launcher, platform, journal, config.lifecycle, changed) if config.worker.spare else None
         #: Called before a model's process is started, so that a panic while it loads finds its name on disk.
         self.before_load: Callable[[str], None] = lambda _model: None
 
