@@ -143,7 +143,8 @@ def test_row_04_segv_in_native_code(stage: Stage, figure: Figure) -> None:
         # Less than it has: what it maps stays, and nothing new can be mapped.
         limit = psutil.Process(victim.pid).memory_info().vms // 2
         psutil.Process(victim.pid).rlimit(psutil.RLIMIT_AS, (limit, limit))
-        calls = [scene.ask("sea " * 3000, max_tokens=20, headers=FAIL) for _ in range(4)]
+        # Short enough that no thread is needed to prepare them.
+        calls = [scene.ask("sea " * 900, max_tokens=400, headers=FAIL) for _ in range(16)]
         exited = scene.exited(victim)
         assert (exited["exit_class"], exited["signal"]) == ("native_crash", "SIGSEGV")
         for call in calls:
