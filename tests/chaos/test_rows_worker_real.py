@@ -158,6 +158,33 @@ def test_row_04_segv_in_native_code(stage: Stage, figure: Figure) -> None:
         scene.serves()
 
 
+def test_row_77_hostile_schema_regex_grammar(stage: Stage, figure: Figure) -> None:
+    hostile: dict[str, Any] = {
+        "deep": {
+            "$ref": "#/$defs/d0",
+            "$defs": {f"d{n}": {"items": {"$ref": f"#/$defs/d{n + 1}"}} for n in range(400)},
+        },
+        "itself": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}},
+        "wide": {"enum": [str(number) for number in range(9_000)]},
+        "stars": {"type": "string", "pattern": "(" * 3_000 + "foo**" + ")" * 3_000},
+        "product": {"type": "string", "pattern": "(.{1,5000}){1,5000}"},
+        "explodes": {"allOf": [{"type": "string", "pattern": f"(.*{chr(97 + n)}.{{{n + 5}}})*"} for n in range(20)]},
+        "long": {"type": "array", "minItems": 10**9, "items": {"type": "integer", "minimum": 0, "maximum": 10**30}},
+    }
+    with stage.scene("row-77") as scene:
+        victim = scene.loaded()
+        scene.serves()
+        for name, schema in hostile.items():
+            wanted = {"type": "json_schema", "json_schema": {"name": name, "schema": schema}}
+            asked_at = time.monotonic()
+            call = scene.ask(stream=False, max_tokens=10, response_format=wanted).wait()
+            figure("row 77", "a hostile schema is answered", time.monotonic() - asked_at, target=2)
+            assert time.monotonic() - asked_at < 20
+            assert call.whole or call.code == "invalid_value", (name, call)
+            scene.serves()
+        assert scene.victim().pid == victim.pid
+
+
 def damage(folder: Path, how: str) -> None:
     weights, config = folder / "model.safetensors", folder / "config.json"
     match how:
