@@ -187,7 +187,8 @@ def _reported(slot: Slot, event: Event, now: float) -> Outcome:
             return _to(slot, ModelState.READY, now, ready_at=now, load_s=load_s, step_at=now, phase=Phase.IDLE), ()
         case ev.Beat(phase, step):
             return _beat(slot, phase, step, now), ()
-        case ev.HasDrained() if slot.state is ModelState.DRAINING:
+        case ev.HasDrained() if slot.state in {ModelState.DRAINING, ModelState.READY}:
+            # A ready one was told so by an earlier supervisor, or by a signal: it would refuse everyone for ever.
             return _to(slot, ModelState.STOPPING, now), (Action.ASK_STOP,)
     return slot, ()
 
