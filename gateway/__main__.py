@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import faulthandler
 import resource
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -39,6 +40,8 @@ def main(argv: list[str]) -> int:
         level=spec.log_level,
     )
     faulthandler.enable()
+    # What a supervisor asks for before it ends a gateway that does not move.
+    faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
     _set_limits()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -179,7 +179,7 @@ class Daemon:
         self._host.feed(managed, ev.SetAside(why) if why else ev.Want())
 
     def _panic_since(self, since: float) -> str:
-        reports = panics_since(since, self._host.report_folders)
+        reports = panics_since(since, self._host.crashes.folders)
         return (reports[0].words or "kernel panic") if reports else ""
 
     def _handed_back(self, descriptor: int) -> None:

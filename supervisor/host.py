@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
@@ -14,7 +14,6 @@ import msgspec
 
 from protocol import control
 from protocol.config import Config
-from protocol.messages import MalformedMessageError
 from protocol.paths import Home
 from protocol.states import ModelState, Phase
 from supervisor import events as ev
@@ -22,17 +21,16 @@ from supervisor import lifecycle as life
 from supervisor import reclaim
 from supervisor.breaker import Breaker, after_failure, after_start, start_allowed_at
 from supervisor.children import Child
-from supervisor.crashes import BlackBox, CrashRecord, CrashStore, crash_id, stacks_in, versions
-from supervisor.exits import ExitRecord, classify, record
+from supervisor.crash_reports import CrashReports
+from supervisor.crashes import BlackBox, crash_id
+from supervisor.exits import ExitRecord, record
 from supervisor.footprint import Meter
 from supervisor.guard import Guard
 from supervisor.journal import Journal
 from supervisor.launch import SPARE, Launcher
 from supervisor.managed import Managed
 from supervisor.platform.base import Platform
-from supervisor.platform.reports import killed_by_jetsam, report_folders
 from supervisor.restarts import RestartPolicy
-from supervisor.second_look import SecondLook
 from supervisor.slot import Settings, Slot
 from supervisor.spare import Spare
 
@@ -40,7 +38,6 @@ GATEWAY: Final = "gateway"
 _MAX_SLEEP_S: Final = 1.0
 #: A start that waits for memory looks again this often.
 _LOOK_S: Final = 0.2
-_MAX_CASUALTIES: Final = 256
 
 
 class Host:
@@ -69,14 +66,10 @@ class Host:
         self._random = random.Random()  # noqa: S311 - spreads delays
         self.launcher = Launcher(home, config, platform)
         self.breaker = Breaker()
-        self._decoder = control.to_supervisor_decoder()
-        self.crashes = CrashStore(home.crashes)
-        self.report_folders = report_folders()
-        self.second_look = SecondLook()
-        #: The newest crash record of each model, and what a gateway said of a crash before we saw it.
-        self._last_reports: dict[str, CrashRecord] = {}
-        self._casualties: dict[tuple[str, int], tuple[str, ...]] = {}
-        self.spare = Spare(self.launcher, platform, journal, changed) if config.worker.spare else None
+        self.crashes = CrashReports(
+            home.crashes, journal, knows=lambda model: self.find(model) is not None, corrected=self._corrected
+        )
+        self.spare = Spare(self.launcher, platform, journal, config.lifecycle, changed) if config.worker.spare else None
         #: Called before a model's process is started, so that a panic while it loads finds its name on disk.
         self.before_load: Callable[[str], None] = lambda _model: None
         #: Asked before a model's process is started, at a monotonic time: whether there is room for it.
@@ -101,7 +94,7 @@ class Host:
         """Forget a stopped slot."""
         assert managed.child is None, "a slot with a process is not forgotten"
         self.slots.pop(managed.name, None)
-        self._last_reports.pop(managed.model, None)
+        self.crashes.forget(managed.model)
         self._changed()
 
     def models(self) -> list[Managed]:
@@ -243,18 +236,8 @@ class Host:
         asked = (slot.state is ModelState.STOPPING and not slot.condemned) or not slot.wanted
         end, tail = record("lost", at=seen_at), ""
         with self.guard("end"):  # whatever fails here, it is gone
-            self._hear_last_words(managed)
             tail = "" if managed.box is None else managed.box.tail()
-            end = classify(
-                returncode,
-                at=seen_at,
-                asked=asked,
-                hung=bool(slot.condemned),
-                last_words=managed.last_words or slot.condemned,
-                stderr_tail=tail,
-                verdict=managed.verdict,
-                jetsam=returncode == -signal.SIGKILL and self._jetsam(managed),
-            )
+            end = self.crashes.explain(managed, returncode, tail, at=seen_at, asked=asked)
         crash = "" if end.name == "asked" else crash_id(seen_at, managed.name, slot.incarnation)
         with self.guard("end"):
             self.journal.write(
@@ -286,57 +269,17 @@ class Host:
                     leftover.unlink()
         report = None
         with self.guard("crash record"):
-            report = self._crash_record(managed, end, tail) if crash else None
-            since = seen_at if managed.box is None else managed.box.since_unix
-            self.second_look.arrange(
-                end, slot.pid, since, self.report_folders, lambda better: self._reclassify(managed, slot, end, better)
-            )
+            report = self.crashes.make(managed, end, tail)
         self.feed(managed, ev.Exited(end, self._luck()))
         if report is not None:  # after what has to be quick
             with self.guard("crash record"):
-                self._report(report, stacks_in(tail))
+                self.crashes.write(report, tail)
         if not managed.model and managed.name != GATEWAY:
             self.remove(managed)  # a gateway that was replaced
 
-    def _report(self, report: CrashRecord, stacks: str) -> None:
-        early = self._casualties.pop((report.model, report.incarnation), ())
-        written = self.crashes.write(msgspec.structs.replace(report, requests=early), stacks=stacks)
-        if written is not None:
-            self._last_reports[report.model] = written
-
-    def _reclassify(self, managed: Managed, slot: Slot, was: ExitRecord, better: ExitRecord) -> None:
-        """A report of the system explains the end of an earlier process of this slot."""
-        crash, report = "", self._last_reports.get(managed.model)
-        if report is not None and report.incarnation == slot.incarnation:
-            report = msgspec.structs.replace(report, kind=better.name, words=better.reason, hint=better.hint)
-            self._last_reports[managed.model] = report
-            self.crashes.rewrite(report)
-            crash = report.id
-        self.journal.write(
-            "exit_reclassified",
-            level="WARNING",
-            model=managed.model,
-            slot=managed.name,
-            pid=slot.pid,
-            incarnation=slot.incarnation,
-            was=was.name,
-            exit_class=better.name,
-            reason=better.reason,
-            crash=crash,
-        )
+    def _corrected(self, managed: Managed, was: ExitRecord, better: ExitRecord) -> None:
         if self.slots.get(managed.name) is managed:
             self.feed(managed, ev.Reclassified(was, better))
-
-    def name_casualties(self, model: str, incarnation: int, requests: Sequence[str]) -> None:
-        """Note in the crash record which requests a process had; the gateway may say so before or after its end."""
-        named = tuple(requests[:_MAX_CASUALTIES])
-        report = self._last_reports.get(model)
-        if report is not None and report.incarnation == incarnation:
-            self._last_reports[model] = msgspec.structs.replace(report, requests=named)
-            self.crashes.rewrite(self._last_reports[model])
-        elif self.find(model) is not None:
-            self._casualties = {key: value for key, value in self._casualties.items() if key[0] != model}
-            self._casualties[model, incarnation] = named
 
     def condemn(self, model: str, incarnation: int) -> None:
         """End a worker that a gateway cannot understand."""
@@ -346,41 +289,6 @@ class Host:
         if managed.slot.alive and managed.slot.state is not ModelState.STOPPING:
             managed.verdict = "protocol_error"
             self.feed(managed, ev.Condemned("sent unreadable messages to the gateway"))
-
-    def _hear_last_words(self, managed: Managed) -> None:
-        """Its last frame may have arrived in the same moment as its end, and be unread."""
-        for body in () if managed.channel is None else managed.channel.take_rest():
-            with contextlib.suppress(MalformedMessageError):
-                message = self._decoder.decode(body)
-                if isinstance(message, control.Dying):
-                    managed.last_words = message.message
-
-    def _jetsam(self, managed: Managed) -> bool:
-        since = time.time() if managed.box is None else managed.box.since_unix
-        return bool(killed_by_jetsam(managed.slot.pid, since, self.report_folders))
-
-    def _crash_record(self, managed: Managed, end: ExitRecord, tail: str) -> CrashRecord:
-        slot, box, now = managed.slot, managed.box, time.monotonic()
-        return CrashRecord(
-            id=crash_id(end.at, managed.name, slot.incarnation),
-            model=managed.model,
-            slot=managed.name,
-            incarnation=slot.incarnation,
-            pid=slot.pid,
-            at=end.at,
-            kind=end.name,
-            words=end.reason,
-            hint=end.hint,
-            code=end.code,
-            signal=end.signal,
-            phase=(managed.heartbeat.phase if managed.heartbeat else slot.state).value,
-            step=slot.step,
-            uptime_s=0.0 if box is None else round(now - box.since, 3),
-            memory=() if box is None else box.memory(now),
-            stderr_tail=tail,
-            versions=versions(),
-            degraded=slot.degraded,
-        )
 
     def _count_failure(self, managed: Managed) -> None:
         now = time.monotonic()
@@ -490,7 +398,7 @@ class Host:
 
     def close(self) -> None:
         """Stop the clock; living processes are left alone."""
-        self.second_look.close()
+        self.crashes.close()
         if self._timer is not None:
             self._timer.cancel()
         for managed in self.slots.values():

@@ -20,6 +20,8 @@ from supervisor.slot import COMING_UP, Settings, Slot
 _GIB: Final = 1024**3
 #: A footprint below this share of the last one is falling; and how long a fall may pause.
 _FELL: Final = 0.99
+#: And by so much at least: on Linux a small process seems to fall whenever a stranger maps the same libraries.
+_FELL_BYTES: Final = 16 * 1024**2
 _FALL_PAUSE_S: Final = 5.0
 #: Deadlines that end nothing.
 _MILD: Final = frozenset({"late", "stable"})
@@ -51,7 +53,8 @@ def advance(slot: Slot, event: Event, now: float, settings: Settings) -> Outcome
                 return slot, ()
             return _to(slot, ModelState.STOPPING, now, condemned=reason, reason=reason, killed=True), (Action.KILL,)
         case ev.Weighed(footprint):
-            fell = slot.state is ModelState.STOPPING and footprint < slot.footprint * _FELL
+            falls = footprint < min(slot.footprint * _FELL, slot.footprint - _FELL_BYTES)
+            fell = falls and slot.state is ModelState.STOPPING
             return msgspec.structs.replace(slot, footprint=footprint, fell_at=now if fell else slot.fell_at), ()
         case ev.Tick(late_s):
             return _tick(slot, late_s, now, settings.config)
@@ -187,7 +190,8 @@ def _reported(slot: Slot, event: Event, now: float) -> Outcome:
             return _to(slot, ModelState.READY, now, ready_at=now, load_s=load_s, step_at=now, phase=Phase.IDLE), ()
         case ev.Beat(phase, step):
             return _beat(slot, phase, step, now), ()
-        case ev.HasDrained() if slot.state is ModelState.DRAINING:
+        case ev.HasDrained() if slot.state in {ModelState.DRAINING, ModelState.READY}:
+            # A ready one was told so by an earlier supervisor, or by a signal: it would refuse everyone for ever.
             return _to(slot, ModelState.STOPPING, now), (Action.ASK_STOP,)
     return slot, ()
 

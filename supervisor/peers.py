@@ -125,7 +125,7 @@ class Peers:
             case control.GatewayHeartbeat():
                 feed(managed, ev.Beat(Phase.IDLE, 0))
             case control.Casualties(model, incarnation, requests):
-                self._host.name_casualties(model, incarnation, requests)
+                self._host.crashes.name_casualties(model, incarnation, requests)
             case control.Misbehaved(model, incarnation):
                 self._host.condemn(model, incarnation)
             case control.Dying(_, words):

@@ -1,9 +1,11 @@
 """`lmx-supervisor run`: checks the ground, takes the lock, runs the daemon, and says when it can be used."""
 
 import asyncio
+import faulthandler
 import json
 import os
 import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -34,6 +36,8 @@ def run_supervisor(home: Home, config_file: Path | None) -> CliExit:
         click.echo(f"error: {error}", err=True)
         return CliExit.FAILED
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would hold prompts and keys
+    # To see where one hangs that answers nobody; without it the signal would end it.
+    faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
     setup_logging("supervisor", file=home.logs / "supervisor.log", terminal=True, level=config.log.level)
     daemon = Daemon(home, config, _announce)
     try:

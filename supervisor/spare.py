@@ -8,6 +8,7 @@ from typing import Final
 
 from protocol import PROTOCOL_VERSION, control
 from protocol.channel import Channel, ChannelClosedError
+from protocol.config import LifecycleConfig
 from protocol.messages import encode
 from supervisor.children import Child
 from supervisor.journal import Journal
@@ -22,20 +23,31 @@ _AFTER_DEATH_S: Final = 60.0
 class Spare:
     """Owns the spare process. `changed` is called when there is one more or less process."""
 
-    def __init__(self, launcher: Launcher, platform: Platform, journal: Journal, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        launcher: Launcher,
+        platform: Platform,
+        journal: Journal,
+        config: LifecycleConfig,
+        changed: Callable[[], None],
+    ) -> None:
         self._launcher = launcher
+        self._config = config
         self._platform = platform
         self._journal = journal
         self._changed = changed
         self._channel: Channel | None = None
         self._not_before = 0.0
+        #: Beats since it was last heard. Not seconds: a machine that sleeps sends none.
+        self._unanswered = 0
         self.child: Child | None = None
         self.incarnation = 0
 
     @property
     def ready(self) -> bool:
-        """Whether it waits for a model."""
-        return self.child is not None and self._channel is not None and not self._channel.closed
+        """Whether it waits for a model, and not frozen as far as the last beat can tell."""
+        there = self.child is not None and self._channel is not None and not self._channel.closed
+        return there and self._unanswered <= 1
 
     def start(self, incarnation: int, now: float) -> bool:
         """Start one if there is none and none died lately; return whether one was started."""
@@ -47,6 +59,7 @@ class Spare:
             self._not_before = now + _AFTER_DEATH_S
             return False
         self.incarnation = incarnation
+        self._unanswered = 0
         self._journal.write("spare_started", pid=self.child.pid, incarnation=incarnation)
         self._changed()
         return True
@@ -65,10 +78,13 @@ class Spare:
         elif self.child.pid != hello.pid:
             return False
         self._channel = connection.channel
+        self._unanswered = 0
         self._changed()
         with contextlib.suppress(ChannelClosedError):
             while True:
                 await connection.receive()
+                if self._channel is connection.channel:
+                    self._unanswered = 0
         return True
 
     def take(self, spec: bytes) -> Child | None:
@@ -83,7 +99,13 @@ class Spare:
         return child
 
     def ping(self) -> None:
-        """Renew its lease."""
+        """Renew its lease and hear whether it lives: one that does not answer is ended, and would not be missed."""
+        if self.child is None:
+            return
+        limit_s = self._config.load_base_s if self._channel is None else self._config.heartbeat_hung_s
+        if self._unanswered * self._config.heartbeat_s >= limit_s:
+            self.child.signal(signal.SIGKILL)
+        self._unanswered += 1
         self._tell(control.Ping())
 
     def stop(self) -> None:

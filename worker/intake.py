@@ -79,11 +79,13 @@ class Intake:
         except LmxError as error:
             book.refuse(gateway, submit, error)
             return
+        queue = self._queue(pace)
+        if queue is None:
+            busy = LmxError("server_busy", "The system gives no thread to prepare this request. Try again later.")
+            book.refuse(gateway, submit, busy)
+            return
         unready = self._pending[key] = Unready(gateway, submit, now)
-        if pace not in self._queues:
-            queue = self._queues[pace] = SimpleQueue()
-            threading.Thread(target=self._run, args=[queue], name="prepare", daemon=True).start()
-        self._queues[pace].put(unready)
+        queue.put(unready)
 
     def readied(self, book: Book, unready: Unready, now: float) -> None:
         """Hand over what a thread has prepared, unless nobody wants it any more."""
@@ -131,6 +133,17 @@ class Intake:
         """Drop what nobody could be told of."""
         for key in [key for key in self._pending if key[0] == gateway]:
             self._drop(key)
+
+    def _queue(self, pace: Pace) -> "SimpleQueue[Unready] | None":
+        """Return the queue of a thread, None if the system gives no thread: the IO thread must outlive that."""
+        if pace not in self._queues:
+            queue: SimpleQueue[Unready] = SimpleQueue()
+            try:
+                threading.Thread(target=self._run, args=[queue], name="prepare", daemon=True).start()
+            except RuntimeError:
+                return None
+            self._queues[pace] = queue
+        return self._queues[pace]
 
     def _drop(self, key: tuple[bytes, int]) -> None:
         unready = self._pending.pop(key, None)

@@ -34,6 +34,7 @@ _SWITCH_INTERVAL_S: Final = 0.001
 
 def main(argv: list[str], load: Load, io_class: type[IoThread] = IoThread) -> NoReturn:
     """Run the worker that `argv` names (one argument, a spec file) and exit."""
+    dump_stacks_when_asked()
     if len(argv) != 2:
         sys.stderr.write("usage: python -m worker SPEC.json\n")
         sys.exit(WorkerExit.USAGE)
@@ -130,9 +131,13 @@ class _Reporter:
             self._io.emit(LoadProgress(done, total, stage))
 
 
-def _arrange_process(wake_fd: int) -> None:
+def dump_stacks_when_asked() -> None:
+    """Write the stacks of all threads to stderr when dying of a signal, and on SIGUSR1: a supervisor's last wish."""
     faulthandler.enable(all_threads=True)
     faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
+
+
+def _arrange_process(wake_fd: int) -> None:
     threading.excepthook = _die_of_thread
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     # The IO thread acts on these: it is there also while the main thread is inside MLX for a minute.

@@ -11,14 +11,14 @@ from typing import Final, NoReturn
 import msgspec
 
 from protocol import PROTOCOL_VERSION, __version__
-from protocol.control import MAX_FRAME_BYTES, Assign, SpareHello, Stop, from_supervisor_decoder
+from protocol.control import MAX_FRAME_BYTES, Assign, Heartbeat, Ping, SpareHello, Stop, from_supervisor_decoder
 from protocol.framing import FrameBuffer, FrameTooLargeError, frame
 from protocol.logs import event, setup_logging
 from protocol.messages import MalformedMessageError, encode
 from protocol.spec import SpareSpec, WorkerSpec, read_spec
-from protocol.states import WorkerExit
+from protocol.states import Phase, WorkerExit
 from worker.io_thread import IoThread
-from worker.process import Load, leave, run
+from worker.process import Load, dump_stacks_when_asked, leave, run
 
 #: What loading a model needs, and takes most of the two seconds that a recovery would otherwise wait for.
 _IMPORTS: Final = ("mlx.core", "mlx_lm.utils", "mlx_lm.models.cache", "worker.batch", "worker.prompt", "transformers")
@@ -32,6 +32,7 @@ class _ConnectionLostError(Exception):
 
 def main(argv: list[str], load: Load) -> NoReturn:
     """Run the spare that `argv` names (`--spare SPEC`) until it is given a model, then be that model's worker."""
+    dump_stacks_when_asked()
     try:
         spec = read_spec(Path(argv[2]), SpareSpec)
     except (IndexError, OSError, msgspec.MsgspecError, UnicodeDecodeError):
@@ -80,6 +81,8 @@ def _listen(sock: socket.socket) -> WorkerSpec:
                         return msgspec.json.decode(spec, type=WorkerSpec)
                     case Stop():
                         leave(WorkerExit.ASKED)
+                    case Ping():
+                        sock.sendall(frame(encode(Heartbeat(Phase.IDLE, 0, 0.0, 0, 0, 0, 0, 0))))
         except (FrameTooLargeError, MalformedMessageError, msgspec.MsgspecError):
             raise _ConnectionLostError from None
 

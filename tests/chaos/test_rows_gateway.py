@@ -50,6 +50,22 @@ for _name in ("all", _module):
             exec(compile(_file.read(), f"{_name}.patch", "exec"), {"HERE": _here})
 """
 
+#: A request finds a file, and blocks the event loop.
+BLOCKING_PATCH = """
+import os, time
+from gateway.calls import Calls
+def block_for_ever():
+    while True:
+        time.sleep(1)
+real = Calls.admit
+def admit(self):
+    if os.path.exists(f"{HERE}/block"):
+        os.unlink(f"{HERE}/block")
+        block_for_ever()
+    return real(self)
+Calls.admit = admit
+"""
+
 
 # -- for all rows -------------------------------------------------------------------------------------------------
 
@@ -252,6 +268,31 @@ def test_row_38_gateway_stopped(stage: Stage, figure: Figure) -> None:
     assert pids(lmx) == before
     idle(lmx)
     assert ask(url, "second").wait().whole
+
+
+def test_row_38_gateway_loop_blocked(tiny_model: Path, tmp_path: Path) -> None:
+    """A handler that never returns: the supervisor gets the stacks before it ends the process."""
+    settings = patched(tmp_path / "site", gateway=BLOCKING_PATCH)
+    with stage_of(tiny_model, **settings) as stage:
+        lmx, url = stage.lmx, stage.lmx.url
+        before, gateway = pids(lmx), gateway_of(lmx)
+        (tmp_path / "site" / "block").touch()
+        blocked = ask(url)
+        lmx.wait_event("hung", slot="gateway")
+        answers(url)
+        blocked.wait()
+        assert blocked.broken
+        assert gateway_of(lmx)["pid"] != gateway["pid"]
+        assert pids(lmx) == before
+        exited = lmx.wait_event("process_exited", slot="gateway", pid=gateway["pid"])
+        assert exited["exit_class"] == "hang"
+        folder = lmx.home / "crashes" / exited["crash"]
+        for _ in deadline(10):  # the record follows the journal's line
+            if (folder / "record.json").exists():
+                break
+        stacks = (folder / "stacks.txt").read_text()
+        assert "most recent call first" in stacks
+        assert "gateway/" in stacks
 
 
 def test_row_39_descriptors_exhausted_in_the_gateway(stage: Stage, figure: Figure) -> None:

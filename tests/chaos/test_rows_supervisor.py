@@ -39,6 +39,7 @@ SUPERVISOR_PATCH = """
 import functools, os, signal, time
 import supervisor.launch, supervisor.views, supervisor.host, supervisor.lifecycle
 from protocol import control
+from supervisor.crash_reports import CrashReports
 from supervisor.daemon import Daemon
 from supervisor.host import Host, Managed
 from supervisor.journal import Journal
@@ -86,7 +87,7 @@ around(Host, "_tick", before="tick")
 around(supervisor.host.life, "may_start", before="pump")
 around(supervisor.views, "catalog_model", before="catalog")
 around(supervisor.views, "status_document", before="status")
-around(supervisor.host, "classify", before="end")
+around(CrashReports, "explain", before="end")
 
 if os.path.exists(f"{HERE}/clock"):
     with open(f"{HERE}/clock") as stream:

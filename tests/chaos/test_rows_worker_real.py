@@ -143,7 +143,8 @@ def test_row_04_segv_in_native_code(stage: Stage, figure: Figure) -> None:
         # Less than it has: what it maps stays, and nothing new can be mapped.
         limit = psutil.Process(victim.pid).memory_info().vms // 2
         psutil.Process(victim.pid).rlimit(psutil.RLIMIT_AS, (limit, limit))
-        calls = [scene.ask("sea " * 3000, max_tokens=20, headers=FAIL) for _ in range(4)]
+        # Short enough that no thread is needed to prepare them.
+        calls = [scene.ask("sea " * 900, max_tokens=400, headers=FAIL) for _ in range(16)]
         exited = scene.exited(victim)
         assert (exited["exit_class"], exited["signal"]) == ("native_crash", "SIGSEGV")
         for call in calls:
@@ -155,6 +156,33 @@ def test_row_04_segv_in_native_code(stage: Stage, figure: Figure) -> None:
         figure("row 04", "respawn", scene.started_after(victim)["ts"] - exited["seen_at"], target=0.3)
         figure("row 04", "ready again", ready["ts"] - exited["ts"], target=5)
         scene.serves()
+
+
+def test_row_77_hostile_schema_regex_grammar(stage: Stage, figure: Figure) -> None:
+    hostile: dict[str, Any] = {
+        "deep": {
+            "$ref": "#/$defs/d0",
+            "$defs": {f"d{n}": {"items": {"$ref": f"#/$defs/d{n + 1}"}} for n in range(400)},
+        },
+        "itself": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}},
+        "wide": {"enum": [str(number) for number in range(9_000)]},
+        "stars": {"type": "string", "pattern": "(" * 3_000 + "foo**" + ")" * 3_000},
+        "product": {"type": "string", "pattern": "(.{1,5000}){1,5000}"},
+        "explodes": {"allOf": [{"type": "string", "pattern": f"(.*{chr(97 + n)}.{{{n + 5}}})*"} for n in range(20)]},
+        "long": {"type": "array", "minItems": 10**9, "items": {"type": "integer", "minimum": 0, "maximum": 10**30}},
+    }
+    with stage.scene("row-77") as scene:
+        victim = scene.loaded()
+        scene.serves()
+        for name, schema in hostile.items():
+            wanted = {"type": "json_schema", "json_schema": {"name": name, "schema": schema}}
+            asked_at = time.monotonic()
+            call = scene.ask(stream=False, max_tokens=10, response_format=wanted).wait()
+            figure("row 77", "a hostile schema is answered", time.monotonic() - asked_at, target=2)
+            assert time.monotonic() - asked_at < 20
+            assert call.whole or call.code == "invalid_value", (name, call)
+            scene.serves()
+        assert scene.victim().pid == victim.pid
 
 
 def damage(folder: Path, how: str) -> None:

@@ -10,7 +10,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.harness import Lmx, chat, read_stream
+from tests.harness import Lmx, chat, deadline, read_stream
 
 FAULT = {"LMX_WORKER__MODULE": "tests.fault"}
 
@@ -148,3 +148,28 @@ async def test_upgrade_replaces_supervisor_and_gateway_in_place_and_fails_no_req
     worker.kill()
     assert lmx.wait_event("process_exited", pid=worker.pid)["signal"] == "SIGKILL"
     assert lmx.stop() == 0
+
+
+async def test_a_gateway_that_a_killed_supervisor_had_told_to_drain_is_replaced(lmx: Lmx, tiny_model: Path) -> None:
+    """The stop was begun and broken off; the next supervisor is to serve."""
+    lmx.environ |= {"LMX_LIFECYCLE__DRAIN_S": "1", "LMX_FAULT": '{"tokens_per_s": 100}'}
+    lmx.start()
+    lmx.load(tiny_model, "one")
+    gateway = (lmx.status() or {})["gateway"]["pid"]
+    going = asyncio.Event()
+    async with httpx.AsyncClient(base_url=lmx.url, timeout=60) as http:
+        body = chat("one", max_tokens=4000, stream=True, text="[[tokens 4000]]")
+        stream = asyncio.create_task(read_stream(http, body, lambda _: going.set()))
+        await asyncio.wait_for(going.wait(), 60)
+        assert lmx.process is not None
+        lmx.process.terminate()
+        log = lmx.home / "logs" / "gateway.log"
+        for _ in deadline(30):
+            if "gateway_draining" in log.read_text():
+                break
+        lmx.kill_supervisor()
+        await asyncio.to_thread(lmx.start)
+        await stream
+    lmx.wait_status(lambda doc: doc["gateway"]["state"] == "ready" and doc["gateway"]["pid"] != gateway)
+    async with httpx.AsyncClient(base_url=lmx.url, timeout=60) as http:
+        assert (await read_stream(http, chat("one", max_tokens=5, stream=True))).done

@@ -1,5 +1,7 @@
 """The warm spare: a recovery without the imports (real MLX)."""
 
+import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -58,3 +60,18 @@ def test_a_spare_is_adopted_by_the_next_supervisor(new_lmx: Callable[..., Lmx]) 
     assert len([e for e in lmx.journal() if e["event"] == "spare_started"]) == 1
     assert lmx.stop() == 0
     assert lmx.processes() == []
+
+
+def test_a_frozen_spare_is_not_waited_for_and_is_ended(new_lmx: Callable[..., Lmx], tiny_model: Path) -> None:
+    lmx = new_lmx(
+        LMX_WORKER__SPARE="true", LMX_LIFECYCLE__HEARTBEAT_S="0.2", LMX_LIFECYCLE__HEARTBEAT_HUNG_S="15"
+    ).start()
+    lmx.load(tiny_model, "one")
+    frozen = spare_pid(lmx)
+    os.kill(frozen, signal.SIGSTOP)
+    lmx.wait_status(lambda doc: doc["spare"]["state"] == "starting")
+    victim = lmx.model("one")
+    psutil.Process(victim["pid"]).kill()
+    assert lmx.wait_model("one", other_than=victim["incarnation"]) != frozen
+    assert [e for e in lmx.journal() if e["event"] == "hung"] == [], "a model was given to it"
+    assert lmx.wait_event("spare_exited")["pid"] == frozen

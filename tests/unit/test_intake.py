@@ -153,3 +153,20 @@ def test_a_closed_book_takes_nothing_that_becomes_ready() -> None:
     world.go.set()
     world.readied()
     assert world.answers() == {1: "model_restarting"}
+
+
+def test_where_the_system_gives_no_thread_the_request_is_refused_and_the_next_one_may_have_luck(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_thread(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    world = World()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        world.submit(1, "long")
+    assert world.answers() == {1: "server_busy"}
+    assert world.intake.pending == 0
+    world.submit(2, "long")
+    world.readied()
+    assert world.answers() == {1: "server_busy", 2: "Accepted"}

@@ -130,6 +130,12 @@ def test_a_process_whose_memory_still_falls_is_not_killed_until_300_s() -> None:
     assert play([(35.1, ev.Tick())], still)[1] == [Action.KILL]
 
 
+def test_a_small_process_whose_share_of_the_libraries_shrinks_gets_no_more_time_for_it() -> None:
+    slot, _ = play([(19.0, ev.Weighed(50_000_000)), (20.0, ev.Unwant(force=True))], ready())
+    slot, _ = play([(34.0, ev.Weighed(45_000_000)), (35.1, ev.Tick())], slot)
+    assert slot.killed
+
+
 def test_a_process_that_survives_sigkill_is_killed_again_once_an_hour_and_not_without_pause() -> None:
     slot, _ = play([(20.0, ev.Unwant(force=True)), (35.1, ev.Tick())], ready())
     for _ in range(3):

@@ -37,8 +37,8 @@ async def host() -> AsyncIterator[Host]:
         host = Host(home, Config(), current_platform(), Journal(home.state / "events.jsonl"), lambda: None)
         reports = Path(folder) / "DiagnosticReports"
         reports.mkdir()
-        host.report_folders = (reports,)
-        host.second_look = SecondLook(after_s=0.05)
+        host.crashes.folders = (reports,)
+        host.crashes.second_look = SecondLook(after_s=0.05)
         yield host
         host.close()
 
@@ -61,16 +61,16 @@ def journal(host: Host, name: str) -> list[dict[str, Any]]:
 
 async def test_a_report_that_comes_late_corrects_status_journal_and_crash_record(host: Host) -> None:
     managed = dies(host, PID)
-    (crash,) = host.crashes.records()
+    (crash,) = host.crashes.store.records()
     assert crash.kind == "killed"
-    host.name_casualties("one", 1, ["req_1"])
+    host.crashes.name_casualties("one", 1, ["req_1"])
     waited_until = managed.slot.retry_at
-    (folder,) = host.report_folders
+    (folder,) = host.crashes.folders
     shutil.copyfile(SAMPLES / SAMPLE, folder / REPORT)
-    await asyncio.gather(*host.second_look._tasks)
+    await asyncio.gather(*host.crashes.second_look._tasks)
     (entry,) = journal(host, "exit_reclassified")
     assert (entry["was"], entry["exit_class"], entry["pid"]) == ("killed", "jetsam", PID)
-    (corrected,) = host.crashes.records()
+    (corrected,) = host.crashes.store.records()
     assert entry["crash"] == corrected.id == crash.id
     assert (corrected.kind, corrected.requests) == ("jetsam", ("req_1",))
     assert corrected.words == entry["reason"]
@@ -86,9 +86,9 @@ async def test_a_report_of_another_process_and_another_signal_change_nothing(
 ) -> None:
     managed = dies(host, pid, returncode)
     before = managed.slot
-    (folder,) = host.report_folders
+    (folder,) = host.crashes.folders
     shutil.copyfile(SAMPLES / SAMPLE, folder / REPORT)
-    await asyncio.gather(*host.second_look._tasks)
+    await asyncio.gather(*host.crashes.second_look._tasks)
     assert managed.slot == before
     assert journal(host, "exit_reclassified") == []
 
