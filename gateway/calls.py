@@ -144,6 +144,7 @@ class Calls:
         await self._catalog.arrived()
         found = self._catalog.find(model)
         check_kind(found, asked[0].kind)
+        self._pool.want(found)
         client = scope["client"][0] if scope.get("client") else ""
         deadline_at = context.started + timeout_s
         bell = Bell[Request](blocked=not streams)

@@ -21,6 +21,7 @@ from protocol.control import (
     Ping,
     Stop,
     ToGateway,
+    Wanted,
     Welcome,
     from_supervisor_decoder,
 )
@@ -125,7 +126,7 @@ class ControlClient:
         if self._channel is not None and not self._channel.closed:
             self._channel.send(encode(Drained()))
 
-    def report(self, report: Casualties | Misbehaved) -> None:
+    def report(self, report: Casualties | Misbehaved | Wanted) -> None:
         """Tell what became of a worker; nobody needs to know later if no supervisor is there."""
         if self._channel is not None and not self._channel.closed:
             self._channel.send(encode(report))

@@ -1,6 +1,7 @@
 """Which worker serves which model: follows the catalog, opens a link per incarnation, closes those that are over."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -10,7 +11,7 @@ from gateway.link import DataPlane
 from gateway.peer import WorkerPeer
 from gateway.quarantine import Quarantine
 from protocol.config import GatewayConfig
-from protocol.control import Casualties, Catalog, CatalogModel, Misbehaved
+from protocol.control import Casualties, Catalog, CatalogModel, Misbehaved, Wanted
 from protocol.errors import LmxError
 from protocol.states import ModelState
 
@@ -21,15 +22,17 @@ _CONNECT_S: Final = 2.0
 _RELINK_S: Final = 0.5
 #: Requests that are named in a crash record.
 MAX_CASUALTIES: Final = 256
+_WANT_AGAIN_S: Final = 1.0
 
 
-Report = Casualties | Misbehaved
+Report = Casualties | Misbehaved | Wanted
 
 
 class WorkerPool:
     """The workers that one gateway talks to, and the desks at which requests for them are taken.
 
-    `report` is told which requests a worker had when it crashed, and which worker sends nonsense.
+    `report` is told which requests a worker had when it crashed, which worker sends nonsense, and which models are
+    wanted that are loaded on demand.
     """
 
     def __init__(self, config: GatewayConfig, catalog: CatalogView, report: Callable[[Report], None]) -> None:
@@ -44,6 +47,8 @@ class WorkerPool:
         #: Workers of models that left the catalog, while requests of theirs still run.
         self._leaving: set[WorkerPeer] = set()
         self._opened_at: dict[str, float] = {}
+        #: When the supervisor was last told that somebody wants a model.
+        self._wanted_at: dict[str, float] = {}
         #: How long a request waits for a model, by the code of the error that says why it does not serve.
         self._hold_s = {
             "model_loading": config.hold_while_loading_s,
@@ -69,6 +74,8 @@ class WorkerPool:
         for model in catalog.models:
             if model.state is ModelState.READY and model.endpoint:
                 self._route(model.id)
+            elif (desk := self._desks.get(model.id)) is not None and not desk.idle:
+                self.want(model)  # the last supervisor may not have heard it
         for model_id, desk in list(self._desks.items()):
             desk.pump()
             if desk.idle and model_id not in models:
@@ -89,6 +96,15 @@ class WorkerPool:
                 check=self._catalog.check_load,
             )
         return desk
+
+    def want(self, model: CatalogModel) -> None:
+        """Have a model loaded that is loaded on demand; said once a second however many ask."""
+        now = time.monotonic()
+        if not model.on_demand or now - self._wanted_at.get(model.id, -_WANT_AGAIN_S) < _WANT_AGAIN_S:
+            return
+        self._wanted_at = {name: at for name, at in self._wanted_at.items() if now - at < _WANT_AGAIN_S}
+        self._wanted_at[model.id] = now
+        self._report(Wanted(model.id))
 
     def fail_requests(self, error: LmxError) -> None:
         """End every request."""

@@ -94,6 +94,8 @@ class ModelsConfig(_Section, frozen=True):
 
     #: Ids loaded at start, when their folder is there.
     auto_load: tuple[str, ...] = ("smollm2-135m-instruct",)
+    #: Ids in `models/` that a request loads; "*" stands for all of them.
+    on_demand: tuple[str, ...] = ()
     max_concurrent_requests: Count = 32
     #: Requests that wait for a slot; one more is refused at once.
     queue_depth: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 128

@@ -151,6 +151,8 @@ class CatalogModel(Message, frozen=True):
     retry_after_s: int | None = None
     done_bytes: int = 0
     total_bytes: int = 0
+    #: Not loaded, but it will be for the first request.
+    on_demand: bool = False
 
 
 class Catalog(Message, frozen=True, tag=19):
@@ -209,6 +211,12 @@ class Misbehaved(Message, frozen=True, tag=27):
 
     model: str
     incarnation: int
+
+
+class Wanted(Message, frozen=True, tag=28):
+    """A request came for a model that is loaded on demand. Said again while requests for it come."""
+
+    model: str
 
 
 # -- command line to supervisor and back ------------------------------------------------------------------------
@@ -308,7 +316,7 @@ class FitReply(Message, frozen=True, tag=51):
 
 Hello = WorkerHello | GatewayHello | CliHello | SpareHello
 FromWorker = Loading | Ready | Heartbeat | Dying | Drained
-FromGateway = GatewayReady | GatewayHeartbeat | Casualties | Misbehaved | Drained
+FromGateway = GatewayReady | GatewayHeartbeat | Casualties | Misbehaved | Wanted | Drained
 FromCli = (
     StatusRequest
     | LoadRequest

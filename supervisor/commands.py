@@ -20,6 +20,7 @@ from supervisor.admission import Admission, NoRoomError
 from supervisor.host import Host
 from supervisor.intent import Intent
 from supervisor.managed import Managed
+from supervisor.ondemand import CannotLoadError
 from supervisor.restarts import worker_policy
 from supervisor.server import Connection
 from supervisor.watching import Changes
@@ -111,17 +112,29 @@ class Commands:
 
     # -- commands -------------------------------------------------------------------------------------------------
 
+    async def load_on_demand(self, model: str, path: Path) -> None:
+        """Give a model a slot; raise `NoRoomError`, `ModelFolderError` or `CannotLoadError`."""
+        try:
+            async with asyncio.timeout(self._host.config.lifecycle.command_timeout_s):
+                await self._admit(control.LoadRequest(model, str(path)))
+        except CommandError as error:
+            raise CannotLoadError(str(error)) from None
+
     async def _load(self, request: control.LoadRequest, channel: Channel) -> control.Result:
+        return await self._loaded(await self._admit(request), channel)
+
+    async def _admit(self, request: control.LoadRequest) -> Managed:
+        """Give a model that fits a slot, or return the one it has."""
         model, path = request.id, Path(request.path)
         _check_id(model)
         folder = await asyncio.to_thread(inspect_model_folder, path)
         managed = self._host.find(model)
         if managed is not None and managed.slot.pid:
-            return await self._loaded(self._place(request, folder.weight_bytes), channel)
+            return self._place(request, folder.weight_bytes)
         async with self._admission.room_for(model, path) as prediction:
             managed = self._place(request, folder.weight_bytes)
             managed.account.prediction = prediction
-        return await self._loaded(managed, channel)
+        return managed
 
     def _place(self, request: control.LoadRequest, weight_bytes: int) -> Managed:
         """Want a model in its slot, or a new one."""

@@ -29,6 +29,7 @@ from supervisor.journal import Journal
 from supervisor.launch import SPARE
 from supervisor.listener import PortTakenError, listen, serves, url_of
 from supervisor.managed import Managed
+from supervisor.ondemand import OnDemand
 from supervisor.peers import Peers
 from supervisor.platform import current_platform
 from supervisor.platform.reports import panics_since
@@ -64,7 +65,6 @@ class Daemon:
         self._history = History(home.state / "memory")
         self._admission = Admission(self._host, self._changes, self._history, self._intent.evicted)
         self._warden = Warden(self._host, self._admission, self._history, self._changed)
-        self._peers = Peers(self._host, self._catalog, self._handed_back)
         self._commands = Commands(
             self._host,
             self._changes,
@@ -75,6 +75,15 @@ class Daemon:
             hand_over=self._hand_over,
             stop=self._stop,
         )
+        self._on_demand = OnDemand(
+            config.models.on_demand,
+            self._journal,
+            folders=lambda: views.loadable_folders(home.models),
+            load=self._commands.load_on_demand,
+            closed=lambda: self._intent.safe_mode,
+            changed=self._changed,
+        )
+        self._peers = Peers(self._host, self._catalog, self._handed_back, self._on_demand.wanted)
         self._server = ControlServer(home.control_socket, self._platform, self._greet)
         self._listener: socket.socket | None = None
         self._before = Runtime()
@@ -119,6 +128,7 @@ class Daemon:
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._server.close()
             await self._peers.close()
+            self._on_demand.close()
             self._admission.close()
             self._host.close()
             if self._listener is not None:
@@ -309,7 +319,12 @@ class Daemon:
         models = [views.catalog_model(managed, now) for managed in self._host.models()]
         loaded = {model.id for model in models}
         models += [
-            views.loadable_model(model, folder)
+            views.loadable_model(
+                model,
+                folder,
+                on_demand=self._on_demand.allows(model),
+                refusal=self._on_demand.refusal(model, now),
+            )
             for model, folder in views.loadable_folders(self._home.models).items()
             if model not in loaded
         ]

@@ -19,13 +19,21 @@ from supervisor.server import Connection
 class Peers:
     """Ties connections to slots. `catalog` returns what a gateway is to be told first.
 
-    `handed_back(fd)` receives the listening socket of a gateway that outlived an earlier supervisor.
+    `handed_back(fd)` receives the listening socket of a gateway that outlived an earlier supervisor; `wanted(model)`
+    is called when clients ask for a model that is loaded on demand.
     """
 
-    def __init__(self, host: Host, catalog: Callable[[], control.Catalog], handed_back: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        host: Host,
+        catalog: Callable[[], control.Catalog],
+        handed_back: Callable[[int], None],
+        wanted: Callable[[str], None],
+    ) -> None:
         self._host = host
         self._catalog = catalog
         self._handed_back = handed_back
+        self._wanted = wanted
         self._strangers: set[asyncio.Task[None]] = set()
 
     async def worker(self, hello: control.WorkerHello, connection: Connection) -> None:
@@ -128,6 +136,8 @@ class Peers:
                 self._host.crashes.name_casualties(model, incarnation, requests)
             case control.Misbehaved(model, incarnation):
                 self._host.condemn(model, incarnation)
+            case control.Wanted(model):
+                self._wanted(model)
             case control.Dying(_, words):
                 managed.last_words = words
             case control.Drained():

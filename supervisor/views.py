@@ -35,8 +35,16 @@ def catalog_model(managed: Managed, now: float) -> control.CatalogModel:
     )
 
 
-def loadable_model(model: str, folder: Path) -> control.CatalogModel:
-    """Return a model that lies in the models folder and is not loaded."""
+def loadable_model(
+    model: str, folder: Path, *, on_demand: bool = False, refusal: tuple[str, str] | None = None
+) -> control.CatalogModel:
+    """Return a model that lies in the models folder and is not loaded.
+
+    `on_demand`: a request loads it. `refusal` is the error's code and words if that was refused a moment ago.
+    """
+    code, reason = "model_not_found", f"it is not loaded: lmx-supervisor load {model}"
+    if on_demand:
+        code, reason = refusal or ("model_loading", "it is loaded for the first request")
     try:
         created = int(folder.stat().st_mtime)
     except OSError:
@@ -45,8 +53,9 @@ def loadable_model(model: str, folder: Path) -> control.CatalogModel:
         id=model,
         state=ModelState.STOPPED,
         created_at=created,
-        error_code="model_not_found",
-        reason=f"it is not loaded: lmx-supervisor load {model}",
+        error_code=code,
+        reason=reason,
+        on_demand=on_demand and refusal is None,
     )
 
 

@@ -46,6 +46,7 @@ from protocol.control import (
     StopRequest,
     ToSupervisor,
     UnloadRequest,
+    Wanted,
     Welcome,
     WorkerHello,
     from_supervisor_decoder,
@@ -145,14 +146,15 @@ GOLDEN: tuple[tuple[Any, str], ...] = (
                     retry_after_s=5,
                     done_bytes=1,
                     total_bytes=2,
+                    on_demand=True,
                 ),
             ],
             True,
         ),
         (
-            "941305929ba86f72672f74696e79a57265616479ce6553f10007b22f682f72756e2f74696e792e372e736f636b95cd20"
-            "00ce202fbf0091a46368617420c2a0a0c000009ba162a76261636b6f66660100a0c0b06d6f64656c5f72657374617274"
-            "696e67a753494741425254050102c3"
+            "941305929ca86f72672f74696e79a57265616479ce6553f10007b22f682f72756e2f74696e792e372e736f636b95cd20"
+            "00ce202fbf0091a46368617420c2a0a0c00000c29ca162a76261636b6f66660100a0c0b06d6f64656c5f726573746172"
+            "74696e67a753494741425254050102c3c3"
         ),
     ),
     (
@@ -222,6 +224,10 @@ GOLDEN: tuple[tuple[Any, str], ...] = (
     (
         Misbehaved("org/tiny", 7),
         "931ba86f72672f74696e7907",
+    ),
+    (
+        Wanted("org/tiny"),
+        "921ca86f72672f74696e79",
     ),
     (
         HandoverRequest(),
