@@ -6,6 +6,7 @@ import functools
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +17,9 @@ import msgspec
 
 from protocol import control
 from protocol.config import Config
+from protocol.config_load import BadConfigError
 from protocol.logs import event
-from protocol.paths import Home
+from protocol.paths import Home, UnsafeHomeError
 from protocol.states import ModelState, Phase
 from supervisor import adoption, views
 from supervisor import events as ev
@@ -40,7 +42,7 @@ from supervisor.store import ChildRecord, Desired, DesiredModel, Runtime, Store
 from supervisor.warden import Warden
 from supervisor.watching import Changes
 
-_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _PORT_RETRY_S: Final = 1.0
 #: State that the disk did not take, and news that could not be told, are tried again after this long.
 _SAVE_RETRY_S: Final = 3.0
@@ -50,10 +52,16 @@ _LAST_WORDS_S: Final = 0.1
 
 
 class Daemon:
-    """One supervisor on one home. `announce(url, model)` is called once, when the first model answers requests."""
+    """One supervisor on one home. `announce(url, model)` is called once, when the first model answers requests.
 
-    def __init__(self, home: Home, config: Config, announce: Callable[[str, str], None]) -> None:
+    `check_config` raises `BadConfigError` or `UnsafeHomeError` if a supervisor that starts now would refuse to.
+    """
+
+    def __init__(
+        self, home: Home, config: Config, announce: Callable[[str, str], None], check_config: Callable[[], object]
+    ) -> None:
         self._home = home
+        self._check_config = check_config
         self._config = config
         self._announce: Callable[[str, str], None] | None = announce
         self._platform = current_platform()
@@ -110,6 +118,11 @@ class Daemon:
         loop.set_default_executor(ThreadPoolExecutor(1, thread_name_prefix="look"))
         for number in _STOP_SIGNALS:
             loop.add_signal_handler(number, self._stop, number.name)
+        # From a terminal that is closed it means the end; from an operator of a service, that a file has changed.
+        if sys.stdin is not None and sys.stdin.isatty():
+            loop.add_signal_handler(signal.SIGHUP, self._stop, signal.SIGHUP.name)
+        else:
+            loop.add_signal_handler(signal.SIGHUP, self._reload)
         expected = self._remember()
         self._server.open()
         tasks = [loop.create_task(task) for task in (self._beat(), self._warden.run(), self._save_again())]
@@ -373,6 +386,15 @@ class Daemon:
         """Write down that a load begins, before it does: a kernel panic leaves no other trace of the model."""
         self._load_mark = model
         self._save()
+
+    def _reload(self) -> None:
+        """Take a new configuration over by becoming the next image with it; keep the old one if it is bad."""
+        try:
+            self._check_config()
+        except (BadConfigError, UnsafeHomeError) as error:
+            self._journal.write("config_rejected", level="ERROR", reason=str(error))
+            return
+        self._hand_over()
 
     def _hand_over(self) -> None:
         self._journal.write("supervisor_handover")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from protocol.config import Config
 from protocol.config_load import BadConfigError, load_config
 from protocol.logs import event, exception_event, setup_logging
 from protocol.paths import Home, UnsafeHomeError
@@ -24,9 +25,7 @@ def run_supervisor(home: Home, config_file: Path | None) -> CliExit:
     """Run until stopped; return the exit code."""
     os.umask(0o077)
     try:
-        config = load_config(config_file or home.config, required=config_file is not None)
-        home.ensure()
-        check_door(home, config)
+        config = _read_config(home, config_file)
     except (BadConfigError, UnsafeHomeError) as error:
         click.echo(f"error: {error}", err=True)
         return CliExit.BAD_CONFIG
@@ -39,7 +38,7 @@ def run_supervisor(home: Home, config_file: Path | None) -> CliExit:
     # To see where one hangs that answers nobody; without it the signal would end it.
     faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
     setup_logging("supervisor", file=home.logs / "supervisor.log", terminal=True, level=config.log.level)
-    daemon = Daemon(home, config, _announce)
+    daemon = Daemon(home, config, _announce, lambda: _read_config(home, config_file))
     try:
         asyncio.run(daemon.run())
     except Exception as error:  # noqa: BLE001 - the last boundary; launchd starts us again
@@ -53,6 +52,14 @@ def run_supervisor(home: Home, config_file: Path | None) -> CliExit:
         os.execv(sys.executable, sys.orig_argv)
     event("supervisor_ended")
     return CliExit.OK
+
+
+def _read_config(home: Home, config_file: Path | None) -> Config:
+    """Return the configuration, of a home and a door that can be served; raise for what cannot."""
+    config = load_config(config_file or home.config, required=config_file is not None)
+    home.ensure()
+    check_door(home, config)
+    return config
 
 
 def _announce(url: str, model: str) -> None:

@@ -17,6 +17,7 @@ from protocol.spec import MemoryLimits, WorkerSpec
 from protocol.states import WorkerExit
 from worker.failures import FatalError, classify, describe
 from worker.jobs import Loaded
+from worker.versions import check_versions
 
 if TYPE_CHECKING:
     from worker.batch import BatchBackend
@@ -33,6 +34,7 @@ _FOLDER_EXITS: Final = {"missing": WorkerExit.MISSING_MODEL, "corrupt": WorkerEx
 def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
     """Load the model of `spec`; raise `FatalError` with an exit code and words for the operator."""
     folder = _inspect(Path(spec.path))
+    check_versions()
     report(0, folder.weight_bytes, "imports")
     keep_to(spec.memory)
     if folder.encoder is not None:
