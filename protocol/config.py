@@ -149,6 +149,8 @@ class MemoryConfig(_Section, frozen=True):
     buffer_bytes: MaybeBytes = 0
     clear_above_bytes: MaybeBytes = 256 * 1024 * 1024
     clear_every_s: Seconds = 300.0
+    #: A gateway above this is replaced by another one, which no request notices; 0 never.
+    gateway_limit_bytes: Annotated[int, msgspec.Meta(ge=0)] = 1024**3
     #: A worker whose memory drifts above its model by this share is replaced, when idle or after the grace; 0 never.
     rotate: Annotated[float, msgspec.Meta(ge=0, le=100)] = 0.5
     rotate_grace_s: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 300.0

@@ -11,7 +11,7 @@ from supervisor import enforcement, ledger
 from supervisor import events as ev
 from supervisor.admission import Admission
 from supervisor.enforcement import Order, Whole
-from supervisor.host import Host
+from supervisor.host import GATEWAY, Host
 from supervisor.managed import Managed
 from supervisor.platform.base import Pressure
 from supervisor.prediction import UNREADABLE, History, key_of
@@ -28,6 +28,9 @@ _CLOSE_S: Final = 5.0
 _LAST_WORDS_S: Final = 0.6
 #: One that is drained may still grow.
 _WATCHED: Final = frozenset({ModelState.LOADING, ModelState.WARMING, ModelState.READY, ModelState.DRAINING})
+#: The gateway is replaced after so many samples above its limit, and at most so often.
+_SAMPLES: Final = 2
+_REPLACE_S: Final = 60.0
 _BUSY: Final = frozenset({Phase.PREFILL, Phase.DECODE})
 
 
@@ -44,6 +47,8 @@ class Warden:
         self._machine = host.meter.machine()
         self._pressure: Pressure | None = host.meter.pressure()
         self._weighed_at: dict[str, float] = {}
+        self._gateway_grown = 0
+        self._gateway_replaced_at = float("-inf")
         admission.closed = self._closed
 
     @property
@@ -66,6 +71,8 @@ class Warden:
                 self._weigh(managed, now)
                 if managed.model and managed.slot.alive and not self._host.holding:
                     self._watch(managed, now)
+        with self._host.guard("gateway"):
+            self._look_at_gateway(now)
         with self._host.guard("pressure"):
             self._look_at_machine(now)
         if self._host.holding:
@@ -77,6 +84,24 @@ class Warden:
         for managed in self._host.models():
             if managed.slot.pid and managed.account.prediction is None:
                 await self._admission.fill_in(managed)
+
+    # -- the gateway ----------------------------------------------------------------------------------------------
+
+    def _look_at_gateway(self, now: float) -> None:
+        """Replace a gateway that has grown: the next one takes the connections, it ends what it has."""
+        gateway, limit = self._host.slots.get(GATEWAY), self._config.gateway_limit_bytes
+        found = None if gateway is None or gateway.slot.state is not ModelState.READY else gateway.memory_bytes
+        if gateway is None or not limit or found is None or found <= limit:
+            self._gateway_grown = 0
+            return
+        self._gateway_grown += 1
+        if self._gateway_grown < _SAMPLES or now - self._gateway_replaced_at < _REPLACE_S:
+            return
+        self._gateway_grown, self._gateway_replaced_at = 0, now
+        self._host.journal.write("gateway_grown", level="WARNING", pid=gateway.slot.pid, memory_bytes=found)
+        self._host.replace_gateway()
+        self._host.wake()
+        self._changed()
 
     # -- one process ----------------------------------------------------------------------------------------------
 

@@ -10,8 +10,41 @@ import pytest
 
 from tests.chaos.clients import OTHER
 from tests.chaos.figures import Figure
-from tests.chaos.test_rows_gateway import gateway_of, pids, stage_of, undisturbed
+from tests.chaos.test_rows_gateway import gateway_of, patched, pids, stage_of, undisturbed
 from tests.harness import Lmx, chat
+
+#: The next request makes the gateway keep 300 MB.
+GROWING_PATCH = """
+import os
+from gateway.calls import Calls
+kept = []
+real = Calls.admit
+def admit(self):
+    if os.path.exists(f"{HERE}/grow"):
+        os.unlink(f"{HERE}/grow")
+        kept.append(b"x" * 300_000_000)
+    return real(self)
+Calls.admit = admit
+"""
+
+
+def test_row_42_gateway_that_grows(tiny_model: Path, tmp_path: Path, figure: Figure) -> None:
+    site = tmp_path / "site"
+    with stage_of(
+        tiny_model, **patched(site, gateway=GROWING_PATCH), LMX_MEMORY__GATEWAY_LIMIT_BYTES="200000000"
+    ) as stage:
+        lmx = stage.lmx
+        lmx.load(tiny_model, OTHER)
+        before, gateway = pids(lmx), gateway_of(lmx)
+        with undisturbed(lmx):
+            (site / "grow").touch()
+            began = time.monotonic()
+            lmx.wait_event("gateway_grown", pid=gateway["pid"])
+            lmx.wait_status(lambda doc: doc["gateway"]["pid"] not in {0, None, gateway["pid"]})
+            lmx.wait_status(lambda doc: doc["gateway"]["state"] == "ready")
+            figure("row 42", "replaced after it has grown", time.monotonic() - began, target=5.0)
+        assert pids(lmx) == before
+        assert gateway_of(lmx)["memory_bytes"] < 200_000_000
 
 
 def test_row_68_bad_configuration_on_reload(tiny_model: Path, figure: Figure) -> None:
