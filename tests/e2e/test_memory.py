@@ -22,6 +22,10 @@ CALM = {"LMX_MEMORY__SHED": "2", "LMX_MEMORY__CRITICAL": "2"}
 FAULT = {**CALM, "LMX_WORKER__MODULE": "tests.fault", "LMX_MEMORY__KV_TOKENS": "0"}
 
 
+#: Memory that nobody shares: a footprint is the smaller, the more processes of the machine map the same libraries.
+BALLAST: dict[str, Any] = {"ballast_mb": 200}
+
+
 def budget(mib: int) -> dict[str, str]:
     """Leave so much for models."""
     return {"LMX_MEMORY__RESERVE_BYTES": str(TOTAL - mib * MIB), "LMX_MEMORY__FRACTION": "1"}
@@ -90,7 +94,7 @@ def test_the_prediction_for_the_default_model_is_within_15_percent(
 def test_what_does_not_fit_is_refused_with_words_and_leaves_no_trace(
     new_lmx: Callable[..., Lmx], folders: Callable[[str], Path]
 ) -> None:
-    lmx = new_lmx(**FAULT, **budget(90)).start()
+    lmx = new_lmx(**FAULT, **budget(66)).start()
     lmx.cli("load", str(folders("kept")), "--pin")
     asked = fit(lmx, folders("more"))
     assert not asked["fits"]
@@ -118,7 +122,7 @@ def test_what_does_not_fit_is_refused_with_words_and_leaves_no_trace(
 def test_the_least_recently_used_idle_model_goes_and_loads_do_not_thrash(
     new_lmx: Callable[..., Lmx], folders: Callable[[str], Path]
 ) -> None:
-    lmx = new_lmx(**FAULT, **budget(130)).start()
+    lmx = new_lmx(**FAULT, **budget(400), LMX_MEMORY__ROTATE="0", LMX_FAULT=json.dumps(BALLAST)).start()
     for name in ("one", "two"):
         lmx.cli("load", str(folders(name)))
     used = ask(lmx, "one").wait()
@@ -135,7 +139,7 @@ def test_the_least_recently_used_idle_model_goes_and_loads_do_not_thrash(
 def test_a_model_with_a_request_in_flight_is_never_evicted(
     new_lmx: Callable[..., Lmx], folders: Callable[[str], Path]
 ) -> None:
-    lmx = new_lmx(**FAULT, **budget(90), LMX_FAULT='{"tokens_per_s": 20, "answer_tokens": 1000}').start()
+    lmx = new_lmx(**FAULT, **budget(66), LMX_FAULT='{"tokens_per_s": 20, "answer_tokens": 1000}').start()
     lmx.cli("load", str(folders("busy")), "--ttl", "5")
     call = ask(lmx, "busy", stream=True, max_tokens=160).wait_chunks(1)
     lmx.wait_status(lambda doc: doc["models"][0]["running"] == 1)
@@ -173,7 +177,7 @@ def test_what_was_live_and_does_not_fit_any_more_waits_in_words(
         lmx.cli("load", str(folders(name)))
     lmx.stop()
     (lmx.home / "state" / "memory").unlink(missing_ok=True)  # as before the first run
-    lmx.start(**budget(90))
+    lmx.start(**budget(66))
     lmx.wait_model("one")
     lmx.wait_status(lambda doc: bool(doc["models"][1]["blocked"]))
     assert "INSUFFICIENT MEMORY: needs " in lmx.cli("status", check=False).stdout

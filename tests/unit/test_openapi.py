@@ -16,7 +16,8 @@ from gateway.app import build_app
 from gateway.catalog import CatalogView
 from gateway.openapi import OPERATIONS, document
 from gateway.traffic import Traffic
-from protocol.config import GatewayConfig
+from protocol.config import GatewayConfig, LifecycleConfig
+from protocol.spec import GatewaySpec
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -47,7 +48,8 @@ def test_what_a_stream_sends_is_described_event_by_event() -> None:
 
 
 async def test_every_route_is_described_and_nothing_else() -> None:
-    app: Any = build_app(GatewayConfig(), CatalogView(), Mock(), Traffic())
+    spec = GatewaySpec(1, 0, "", "", "INFO", GatewayConfig(), LifecycleConfig())
+    app: Any = build_app(spec, CatalogView(), Mock(), Traffic())
     assert isinstance(app, Starlette)
     routes = {
         (method.lower(), re.sub(r":path", "", route.path))

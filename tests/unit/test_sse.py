@@ -67,6 +67,7 @@ def pieces(writer: ChatChunks | TextChunks, delta: Delta) -> list[dict[str, Any]
     request = Mock(spec=Request)
     extras = Extras([delta.reasoning] if delta.reasoning else [], delta.tool_calls, delta.logprobs)
     request.extras = extras if delta.reasoning or delta.tool_calls or delta.logprobs else None
+    request.finish = delta.finish
     request.take.return_value = delta.text
     request.take_extras.return_value = extras
     lines = writer.piece(0, request).decode().splitlines()
