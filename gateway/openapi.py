@@ -15,10 +15,7 @@ from gateway.parameters import Parameters
 from gateway.sampling import (
     LOGIT_BIAS,
     MAX_CHOICES,
-    MAX_STOP_CHARS,
-    MAX_STOPS,
     MAX_TOP_K,
-    MAX_TOP_LOGPROBS,
     MIN_P,
     PENALTY,
     REPETITION,
@@ -27,6 +24,7 @@ from gateway.sampling import (
 )
 from gateway.validate import MAX_BEST_OF, MAX_LEGACY_LOGPROBS
 from protocol import __version__
+from protocol.rules import MAX_STOP_CHARS, MAX_STOPS, MAX_TOOLS, MAX_TOP_LOGPROBS, TOOL_NAME
 
 _REF: Final = "#/components/schemas/{name}"
 
@@ -86,7 +84,7 @@ _BOUNDS: Final[Mapping[str, tuple[float, float]]] = MappingProxyType(
 _ABOVE: Final[Mapping[str, Range]] = MappingProxyType({"repetition_penalty": REPETITION, "top_p": TOP_P})
 _SOME: Final = MappingProxyType({"minItems": 1, "minLength": 1})
 _FUNCTION: Final = MappingProxyType({"enum": ["function"]})
-_NAME: Final = MappingProxyType({"pattern": f"^{tools.NAME.pattern}$"})
+_NAME: Final = MappingProxyType({"pattern": f"^{TOOL_NAME.pattern}$"})
 #: What else is checked where the types say less, by struct and field.
 _RULES: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
@@ -95,7 +93,7 @@ _RULES: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         "ChatRequest.messages": _SOME,
         "ChatRequest.reasoning_effort": {"enum": [None, *tools.EFFORTS]},
         "ChatRequest.stop": {"maxItems": MAX_STOPS, "minLength": 1, "maxLength": MAX_STOP_CHARS},
-        "ChatRequest.tools": {"maxItems": tools.MAX_TOOLS},
+        "ChatRequest.tools": {"maxItems": MAX_TOOLS},
         "ChatRequest.top_k": {"minimum": -1, "maximum": MAX_TOP_K},
         "ChatRequest.truncation": {"enum": [None, *tools.TRUNCATIONS]},
         "ChosenFunction.name": _NAME,
@@ -118,7 +116,7 @@ _RULES: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         "RerankRequest.top_n": {"minimum": 1},
         "ResponseFormat.type": {"enum": ["text", "json_object", "json_schema"]},
         "TokenizeRequest.messages": _SOME,
-        "TokenizeRequest.tools": {"maxItems": tools.MAX_TOOLS},
+        "TokenizeRequest.tools": {"maxItems": MAX_TOOLS},
         "Tool.type": _FUNCTION,
         "ToolFunction.name": _NAME,
     }

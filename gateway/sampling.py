@@ -6,12 +6,10 @@ from gateway.decode import bad
 from gateway.schemas import Generation
 from protocol.config import GatewayConfig
 from protocol.data import Sampling
+from protocol.rules import MAX_STOP_CHARS, MAX_STOPS
 
 MAX_CHOICES: Final = 16
-MAX_TOP_LOGPROBS: Final = 20
 MAX_LOGIT_BIAS: Final = 1024
-MAX_STOPS: Final = 4
-MAX_STOP_CHARS: Final = 1024
 #: No vocabulary is larger than a third of that.
 MAX_TOP_K: Final = 1_000_000
 #: Token ids are signed 32-bit numbers in MLX.

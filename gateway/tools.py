@@ -1,6 +1,5 @@
 """What shapes an answer besides its tokens: tools, a format, thinking, the variables of the chat template."""
 
-import re
 from typing import Final
 
 from gateway.decode import Fields, bad, fields_of, missing, unsupported, whole
@@ -8,37 +7,15 @@ from gateway.schemas import ChatRequest, ChosenTool, Tool
 from protocol.config import GatewayConfig
 from protocol.data import ChatOptions, ToolChoice
 from protocol.errors import LmxError
+from protocol.rules import MAX_TEMPLATE_ARGS_BYTES, MAX_TOOLS, RESERVED_ARGS, TOOL_NAME
 
-MAX_TOOLS: Final = 128
 #: Coding agents send a tenth of that.
 MAX_TOOLS_BYTES: Final = 1024 * 1024
 MAX_SCHEMA_BYTES: Final = 256 * 1024
-MAX_TEMPLATE_ARGS_BYTES: Final = 16 * 1024
-NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 NAME_RULE: Final = "must have 1 to 64 letters, digits, dashes or underscores"
 EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh")
 TRUNCATIONS: Final = ("none", "oldest")
 CHOICES: Final = ("none", "auto", "required")
-#: What the server itself passes to a chat template; nothing of that may come from a request.
-RESERVED_ARGS: Final = frozenset(
-    {
-        "add_generation_prompt",
-        "chat_template",
-        "continue_final_message",
-        "conversation",
-        "documents",
-        "max_length",
-        "messages",
-        "padding",
-        "return_assistant_tokens_mask",
-        "return_dict",
-        "return_tensors",
-        "tokenize",
-        "tokenizer_kwargs",
-        "tools",
-        "truncation",
-    }
-)
 
 
 def options(request: ChatRequest, fields: Fields, config: GatewayConfig) -> ChatOptions:
@@ -72,7 +49,7 @@ def definitions(tools: list[Tool] | None, fields: Fields) -> bytes:
             raise unsupported(f"{at}.type", "Only tools of type 'function' are supported by this server.")
         if tool.function is None:
             raise missing(f"{at}.function")
-        if not NAME.fullmatch(tool.function.name):
+        if not TOOL_NAME.fullmatch(tool.function.name):
             raise bad(f"{at}.function.name", NAME_RULE)
         if tool.function.name in names:
             raise bad(f"{at}.function.name", "is the name of another tool too")
@@ -123,7 +100,7 @@ def _format(request: ChatRequest) -> tuple[bool, bytes]:
     given = wanted.json_schema
     if given is None:
         raise missing("response_format.json_schema")
-    if not NAME.fullmatch(given.name):
+    if not TOOL_NAME.fullmatch(given.name):
         raise bad("response_format.json_schema.name", NAME_RULE)
     at = "response_format.json_schema.schema"
     if bytes(given.schema) in {b"", b"null"}:

@@ -7,11 +7,12 @@ import msgspec
 from gateway.decode import bad, missing, read
 from gateway.messages import conversation
 from gateway.parameters import CHAT, COMPLETION, DETOKENIZE, TOKENIZE, settle
-from gateway.sampling import MAX_TOKEN_ID, MAX_TOP_LOGPROBS, choices, sampling, stream_usage, whole_number
+from gateway.sampling import MAX_TOKEN_ID, choices, sampling, stream_usage, whole_number
 from gateway.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from gateway.tools import definitions, options, template_args
 from protocol.config import GatewayConfig
 from protocol.data import ChatMessage, ChatOptions, Sampling
+from protocol.rules import MAX_TOP_LOGPROBS
 
 _CHAT: Final = msgspec.json.Decoder(ChatRequest)
 _COMPLETION: Final = msgspec.json.Decoder(CompletionRequest)

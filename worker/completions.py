@@ -6,12 +6,12 @@ from typing import Final
 
 from protocol.data import Kind, Sampling, Submit
 from protocol.errors import LmxError
+from protocol.rules import MAX_TOP_LOGPROBS
 from worker.detok import AnswerText, StopStrings, TokenText
 from worker.jobs import Prepared
 from worker.prompt import check_stops
 from worker.vocabulary import Words
 
-_MAX_LOGPROBS: Final = 20
 _MAX_BIAS: Final = 100.0
 #: Numbers that come back for one echoed prompt: about 10 MB on the wire, a third of what a frame may have.
 MAX_ECHOED_LOGPROBS: Final = 2**18
@@ -111,8 +111,8 @@ def check_sampling(sampling: Sampling, size: int) -> None:
             raise LmxError("invalid_value", msg, param="logit_bias")
         if not -_MAX_BIAS <= bias <= _MAX_BIAS:
             raise LmxError("invalid_value", "logit_bias takes numbers from -100 to 100", param="logit_bias")
-    if sampling.logprobs is not None and not 0 <= sampling.logprobs <= _MAX_LOGPROBS:
-        raise LmxError("invalid_value", f"At most {_MAX_LOGPROBS} top logprobs can be given", param="top_logprobs")
+    if sampling.logprobs is not None and not 0 <= sampling.logprobs <= MAX_TOP_LOGPROBS:
+        raise LmxError("invalid_value", f"At most {MAX_TOP_LOGPROBS} top logprobs can be given", param="top_logprobs")
     if not (math.isfinite(sampling.repetition_penalty) and sampling.repetition_penalty > 0):
         raise LmxError("invalid_value", "repetition_penalty must be a number above 0", param="repetition_penalty")
     for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty"):

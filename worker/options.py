@@ -1,36 +1,12 @@
 """The options of a conversation, read from their JSON and checked. IO thread only."""
 
-import re
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 
 from protocol.data import ChatOptions, ToolChoice
 from protocol.errors import LmxError
-
-MAX_TOOLS: Final = 128
-MAX_TEMPLATE_ARGS_BYTES: Final = 16 * 1024
-_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
-#: What is between a template and us, and no business of a request.
-_RESERVED: Final = frozenset(
-    {
-        "add_generation_prompt",
-        "chat_template",
-        "continue_final_message",
-        "conversation",
-        "documents",
-        "max_length",
-        "messages",
-        "padding",
-        "return_assistant_tokens_mask",
-        "return_dict",
-        "return_tensors",
-        "tokenize",
-        "tokenizer_kwargs",
-        "tools",
-        "truncation",
-    }
-)
+from protocol.rules import MAX_TEMPLATE_ARGS_BYTES, MAX_TOOLS, RESERVED_ARGS, TOOL_NAME
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -96,7 +72,7 @@ def _read_tools(encoded: bytes) -> tuple[dict[str, Any], ...]:
         if tool.get("type", "function") != "function" or not isinstance(function, dict):
             raise LmxError("invalid_value", f"{where} must be of type function", param=where)
         name = function.get("name")
-        if not isinstance(name, str) or _NAME.fullmatch(name) is None:
+        if not isinstance(name, str) or TOOL_NAME.fullmatch(name) is None:
             words = f"{where}.function.name must be 1 to 64 letters, digits, dashes or underscores"
             raise LmxError("invalid_value", words, param=f"{where}.function.name")
         if name in names:
@@ -119,6 +95,6 @@ def _read_template_args(encoded: bytes) -> dict[str, Any]:
     except (msgspec.MsgspecError, RecursionError):
         raise LmxError("invalid_type", f"{param} must be an object", param=param) from None
     for name in arguments:
-        if name in _RESERVED:
+        if name in RESERVED_ARGS:
             raise LmxError("invalid_value", f"{param} may not set {name}", param=param)
     return arguments

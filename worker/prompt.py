@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from protocol.data import ChatMessage, Kind, Sampling, Submit, ToolChoice
 from protocol.errors import LmxError
 from protocol.logs import exception_event
+from protocol.rules import MAX_STOP_CHARS, MAX_STOPS
 from worker.detok import AnswerText, StopStrings, TokenText
 from worker.intake import SHORT_CHARS
 from worker.jobs import Constraint, Pace, Prepared
@@ -23,9 +24,6 @@ from worker.vocabulary import fast_decode, special_ids
 if TYPE_CHECKING:
     from worker.grammar import Grammars, Thinking
 
-MAX_STOPS: Final = 4
-#: A stop string is searched for in each piece of text, so its length is bounded.
-MAX_STOP_CHARS: Final = 1024
 #: What an HF tokenizer says when it knows no limit is 10^30.
 _BELIEVABLE_CONTEXT: Final = 2**31
 DEFAULT_CONTEXT: Final = 4096

@@ -8,12 +8,11 @@ from worker.jobs import NOTHING, Answer, Said
 THOUGHT_TOKENS = 5
 
 
-class ThinkingAnswer:
-    """Thinks for a few tokens, then says the rest."""
+class _Around:
+    """What the answers have in common: the plain answer whose text they make something else of."""
 
     def __init__(self, inner: Answer) -> None:
         self._inner = inner
-        self._left = THOUGHT_TOKENS
 
     @property
     def stopped(self) -> bool:
@@ -22,6 +21,14 @@ class ThinkingAnswer:
     @property
     def failed(self) -> LmxError | None:
         return self._inner.failed
+
+
+class ThinkingAnswer(_Around):
+    """Thinks for a few tokens, then says the rest."""
+
+    def __init__(self, inner: Answer) -> None:
+        super().__init__(inner)
+        self._left = THOUGHT_TOKENS
 
     @property
     def called(self) -> bool:
@@ -36,20 +43,12 @@ class ThinkingAnswer:
         return self._inner.finish()
 
 
-class CallingAnswer:
+class CallingAnswer(_Around):
     """Calls `count` with its text as the one argument, in as many pieces as there are tokens."""
 
     def __init__(self, inner: Answer) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._begun = False
-
-    @property
-    def stopped(self) -> bool:
-        return self._inner.stopped
-
-    @property
-    def failed(self) -> LmxError | None:
-        return self._inner.failed
 
     @property
     def called(self) -> bool:

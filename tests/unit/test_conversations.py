@@ -214,8 +214,8 @@ def test_a_model_that_cannot_be_held_to_a_grammar_says_so_in_words_that_clients_
 
 
 def test_the_gateway_lets_nothing_through_that_a_worker_refuses() -> None:
-    assert gateway.tools.NAME.pattern == worker.options._NAME.pattern
-    assert gateway.tools.RESERVED_ARGS == worker.options._RESERVED
+    assert gateway.tools.TOOL_NAME.pattern == worker.options.TOOL_NAME.pattern
+    assert gateway.tools.RESERVED_ARGS == worker.options.RESERVED_ARGS
     assert gateway.tools.MAX_TEMPLATE_ARGS_BYTES == worker.options.MAX_TEMPLATE_ARGS_BYTES
     assert gateway.tools.MAX_TOOLS == worker.options.MAX_TOOLS
 
