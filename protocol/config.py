@@ -134,7 +134,9 @@ class MemoryConfig(_Section, frozen=True):
     soft: Share = 0.85
     hard: Share = 0.95
     kill: Share = 1.05
-    #: Shares of the machine's memory in use: above new requests are refused; the largest model is ended.
+    #: Shares of the machine's memory in use: above models run fewer requests at once; new ones are refused; the
+    #: largest model is ended.
+    slow: Share = 0.85
     shed: Share = 0.95
     critical: Share = 0.98
     #: Make room for a load by unloading models that nobody uses, the least recently used first.
