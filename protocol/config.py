@@ -100,7 +100,7 @@ class ModelsConfig(_Section, frozen=True):
     #: Requests that wait for a slot; one more is refused at once.
     queue_depth: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 128
     slot_timeout_s: Annotated[float, msgspec.Meta(ge=0.05, le=300)] = 30.0
-    #: Prompt tokens processed between two decode steps.
+    #: Tokens of all prompts together that are processed between two decode steps.
     prefill_step_tokens: Annotated[int, msgspec.Meta(ge=16, le=65536)] = 512
 
 
