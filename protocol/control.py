@@ -198,6 +198,8 @@ class GatewayHeartbeat(Message, frozen=True, tag=25):
 
     open_requests: int
     sockets: int = 0
+    #: It takes no more requests: somebody asked it to end, or it was without a supervisor for too long.
+    draining: bool = False
 
 
 class Casualties(Message, frozen=True, tag=26):

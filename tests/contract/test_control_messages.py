@@ -170,8 +170,8 @@ GOLDEN: tuple[tuple[Any, str], ...] = (
         "9118",
     ),
     (
-        GatewayHeartbeat(8, 40),
-        "93190828",
+        GatewayHeartbeat(8, 40, True),
+        "94190828c3",
     ),
     (
         StatusRequest(True),
