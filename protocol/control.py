@@ -73,6 +73,8 @@ class Capabilities(Message, frozen=True):
     kinds: list[str]
     max_concurrent_requests: int
     has_chat_template: bool = True
+    #: Seconds per token of one request alone, timed when it was loaded; 0 is unknown.
+    step_s: float = 0.0
 
 
 class Loading(Message, frozen=True, tag=8):

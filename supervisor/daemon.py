@@ -39,6 +39,7 @@ from supervisor.prediction import History
 from supervisor.restarts import gateway_policy
 from supervisor.server import Connection, ControlServer
 from supervisor.store import ChildRecord, Desired, DesiredModel, Runtime, Store
+from supervisor.surroundings import Surroundings
 from supervisor.warden import Warden
 from supervisor.watching import Changes
 
@@ -94,6 +95,7 @@ class Daemon:
         )
         self._peers = Peers(self._host, self._catalog, self._handed_back, self._on_demand.wanted)
         self._server = ControlServer(home.control_socket, self._platform, self._greet)
+        self._surroundings = Surroundings(config, self._journal, self._host.guard, self._changed)
         self._listener: socket.socket | None = None
         self._before = Runtime()
         self._started_at = time.time()
@@ -126,7 +128,10 @@ class Daemon:
             loop.add_signal_handler(signal.SIGHUP, self._reload)
         expected = self._remember()
         self._server.open()
-        tasks = [loop.create_task(task) for task in (self._beat(), self._warden.run(), self._save_again())]
+        tasks = [
+            loop.create_task(task)
+            for task in (self._beat(), self._warden.run(), self._save_again(), self._surroundings.run())
+        ]
         try:
             await self._restore(expected)
             tasks.append(loop.create_task(self._listen()))
@@ -364,6 +369,7 @@ class Daemon:
             now=time.monotonic(),
         )
         document["memory"] = self._warden.document()
+        document |= self._surroundings.document()
         now = time.monotonic()
         for entry, managed in zip(document["models"], self._host.models(), strict=True):
             entry.update(self._warden.of_model(managed, now))
