@@ -81,6 +81,7 @@ class Daemon:
             self._admission,
             status=lambda: msgspec.json.encode(self._status()),
             resume=self._resume,
+            reload=self._take_over_config,
             hand_over=self._hand_over,
             stop=self._stop,
         )
@@ -270,7 +271,7 @@ class Daemon:
             case control.SpareHello():
                 await self._peers.spare(hello, connection)
             case control.CliHello():
-                await self._commands.serve(connection)
+                await self._commands.serve(hello, connection)
 
     async def _beat(self) -> None:
         while True:
@@ -394,12 +395,16 @@ class Daemon:
         self._save()
 
     def _reload(self) -> None:
-        """Take a new configuration over by becoming the next image with it; keep the old one if it is bad."""
+        with contextlib.suppress(BadConfigError, UnsafeHomeError):
+            self._take_over_config()
+
+    def _take_over_config(self) -> None:
+        """Become the next image with a new configuration; keep the old one, and raise, if it is bad."""
         try:
             self._check_config()
         except (BadConfigError, UnsafeHomeError) as error:
             self._journal.write("config_rejected", level="ERROR", reason=str(error))
-            return
+            raise
         self._hand_over()
 
     def _hand_over(self) -> None:

@@ -16,9 +16,12 @@ from protocol.control import (
     Catalog,
     CatalogModel,
     CliHello,
+    CrashesReply,
+    CrashesRequest,
     Drain,
     Drained,
     Dying,
+    EventsRequest,
     FitReply,
     FitRequest,
     FromSupervisor,
@@ -27,6 +30,7 @@ from protocol.control import (
     GatewayReady,
     HandoverRequest,
     Heartbeat,
+    JournalEntry,
     Loading,
     LoadRequest,
     Misbehaved,
@@ -35,6 +39,7 @@ from protocol.control import (
     Progress,
     Ready,
     Relieve,
+    ReloadRequest,
     ResetRequest,
     RestartRequest,
     Result,
@@ -87,7 +92,11 @@ GOLDEN: tuple[tuple[Any, str], ...] = (
     ),
     (
         CliHello(1, "0.1.0"),
-        "930301a5302e312e30",
+        "960301a5302e312e30a0a0a0",
+    ),
+    (
+        CliHello(1, "0.1.0", "key:k7", "10.0.0.7", "req_1"),
+        "960301a5302e312e30a66b65793a6b37a831302e302e302e37a57265715f31",
     ),
     (
         SpareHello(1, 9, 4244, "0.1.0"),
@@ -243,7 +252,31 @@ GOLDEN: tuple[tuple[Any, str], ...] = (
     ),
     (
         Result(0, "ready", 41, 42),
-        "953200a57265616479292a",
+        "963200a57265616479292aa0",
+    ),
+    (
+        Result(1, "no", 0, 0, "conflict"),
+        "963201a26e6f0000a8636f6e666c696374",
+    ),
+    (
+        ReloadRequest(),
+        "912a",
+    ),
+    (
+        CrashesRequest("2026"),
+        "922ba432303236",
+    ),
+    (
+        EventsRequest(20, 1.5),
+        "932c14cb3ff8000000000000",
+    ),
+    (
+        CrashesReply(b"{}"),
+        "9234c4027b7d",
+    ),
+    (
+        JournalEntry(b"{}"),
+        "9235c4027b7d",
     ),
 )
 
