@@ -14,6 +14,7 @@ from supervisor.concurrency import Concurrency
 from supervisor.enforcement import Order, Whole
 from supervisor.host import GATEWAY, Host
 from supervisor.managed import Managed
+from supervisor.pace import SLOW, PaceKeeper
 from supervisor.platform.base import Pressure
 from supervisor.prediction import UNREADABLE, History, key_of
 
@@ -44,6 +45,7 @@ class Warden:
         self._history = history
         self._changed = changed
         self._config = host.config.memory
+        self._pace = PaceKeeper(host.journal, history, host.config.worker.module)
         self._whole = Whole()
         self._concurrency = Concurrency()
         self._machine = host.meter.machine()
@@ -143,6 +145,7 @@ class Warden:
         if slots != account.told_slots or ((slots or account.watch.closed) and now - account.told_at >= _TELL_S):
             self._tell(managed, now)
         if slot.state is ModelState.READY:
+            self._pace.look(managed)
             self._settle(managed, now)
             self._rotate(managed, now, idle=idle)
 
@@ -335,4 +338,6 @@ class Warden:
             "idle_s": round(now - account.used_at, 1) if managed.slot.pid and account.used_at else None,
             "closed": account.watch.closed and managed.slot.pid != 0,
             "monitored": not account.watch.unmonitored,
+            "pace": None if account.pace is None else round(account.pace, 2),
+            "slow": account.pace is not None and account.pace < SLOW,
         }
