@@ -42,6 +42,7 @@ from worker.jobs import (
 from worker.link import RETRY_S, DataLink
 from worker.report import Report
 from worker.requests import NEVER, Book
+from worker.room import Room
 from worker.whole import WholeBook
 
 _FLUSH_S: Final = 1.0
@@ -285,6 +286,7 @@ class IoThread:
             tokenize=intake.tokenize,
             send=self._link.send,
             command=self._commands.put,
+            room=Room(loaded.cache, self._spec.memory.kv_bytes),
         )
         self._book = self._inbound.book = book
         if self._report.draining:
