@@ -23,7 +23,9 @@ class Line:
     Its owner bounds how many there are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, patience: int | None = PATIENCE) -> None:
+        """`patience`: how often one that does not fit is overtaken before all wait for it; None is for ever."""
+        self._patience = patience
         #: Priority -> client -> jobs. Clients stand in the order of their turns, jobs in the order they came.
         self._waiting: dict[int, dict[str, _Jobs]] = {}
         self._asked: dict[int, tuple[int, str]] = {}
@@ -45,6 +47,10 @@ class Line:
         """Return how many places a client holds."""
         return self._held[client]
 
+    def held_by(self, job: int) -> str | None:
+        """Return whose place a job holds, None if it holds none."""
+        return self._holding.get(job)
+
     def add(self, job: int, client: str, priority: int) -> None:
         """Stand in line."""
         self._asked[job] = priority, client
@@ -64,7 +70,7 @@ class Line:
     def take(self, fits: Callable[[int], bool]) -> int | None:
         """Give the next job its place, None if there is none that may have one now.
 
-        One that does not fit is passed over, `PATIENCE` times; then all wait for it.
+        One that does not fit is passed over, `patience` times; then all wait for it.
         """
         passed: list[int] = []
         for job in self._turns():
@@ -72,7 +78,7 @@ class Line:
                 self._give(job)
                 self._overtaken.update(passed)
                 return job
-            if self._overtaken[job] >= PATIENCE:
+            if self._patience is not None and self._overtaken[job] >= self._patience:
                 return None
             passed.append(job)
         return None
