@@ -26,6 +26,7 @@ from gateway.context import context_of, header
 from gateway.kinds import check_kind
 from gateway.parameters import ignored_header
 from gateway.pool import WorkerPool
+from gateway.priority import priority_of
 from gateway.requests import Request, RequestState, Rids
 from gateway.traffic import Traffic
 from protocol.config import GatewayConfig
@@ -141,6 +142,7 @@ class Calls:
         """
         continues = self._continues(scope)
         context = context_of(scope)
+        priority = priority_of(scope, context.access.priority if context.access is not None else 0)
         await self._catalog.arrived()
         found = self._catalog.find(model)
         check_kind(found, asked[0].kind)
@@ -164,7 +166,7 @@ class Calls:
                 deadline_s=timeout_s,
                 trace=context.request_id,
                 client=client,
-                priority=context.access.priority if context.access is not None else 0,
+                priority=priority,
                 group=groups[wanted.group] if wanted.group else 0,
             )
             request = Request(
