@@ -8,6 +8,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from gateway.audit import Audit
 from gateway.calls import Calls
 from gateway.catalog import CatalogView
 from gateway.chat import ChatCompletions
@@ -27,28 +28,30 @@ from protocol.errors import LmxError
 from protocol.spec import GatewaySpec
 
 
-def build_app(spec: GatewaySpec, catalog: CatalogView, pool: WorkerPool, traffic: Traffic) -> ASGIApp:
+def build_app(spec: GatewaySpec, catalog: CatalogView, pool: WorkerPool, traffic: Traffic, audit: Audit) -> ASGIApp:
     """Return the ASGI application. Paths are written without `/v1`; `PathMiddleware` accepts both."""
     config = spec.gateway
     outer, door = front_door(spec)
     calls = Calls(config, catalog, pool, traffic)
+    routes = [
+        Route("/chat/completions", ChatCompletions(calls), methods=["POST"]),
+        Route("/completions", Completions(calls), methods=["POST"]),
+        Route("/embeddings", Embeddings(calls), methods=["POST"]),
+        Route("/rerank", Rerank(calls), methods=["POST"]),
+        Route("/tokenize", Tokenize(calls), methods=["POST"]),
+        Route("/detokenize", Detokenize(calls), methods=["POST"]),
+        Route("/models", Models(catalog), methods=["GET"]),
+        Route("/models/{id:path}", Model(catalog), methods=["GET"]),
+        Route("/openapi.json", OpenApi(), methods=["GET"]),
+        Route("/healthz", Healthz(), methods=["GET"]),
+        Route("/readyz", Readyz(catalog, traffic), methods=["GET"]),
+    ]
+    paths = frozenset(route.path for route in routes if "{" not in route.path)
     app = Starlette(
-        routes=[
-            Route("/chat/completions", ChatCompletions(calls), methods=["POST"]),
-            Route("/completions", Completions(calls), methods=["POST"]),
-            Route("/embeddings", Embeddings(calls), methods=["POST"]),
-            Route("/rerank", Rerank(calls), methods=["POST"]),
-            Route("/tokenize", Tokenize(calls), methods=["POST"]),
-            Route("/detokenize", Detokenize(calls), methods=["POST"]),
-            Route("/models", Models(catalog), methods=["GET"]),
-            Route("/models/{id:path}", Model(catalog), methods=["GET"]),
-            Route("/openapi.json", OpenApi(), methods=["GET"]),
-            Route("/healthz", Healthz(), methods=["GET"]),
-            Route("/readyz", Readyz(catalog, traffic), methods=["GET"]),
-        ],
+        routes=routes,
         # The first is the outermost. `add_middleware` would insert in front.
         middleware=[
-            Middleware(RequestIdMiddleware, traffic=traffic),
+            Middleware(RequestIdMiddleware, traffic=traffic, audit=audit, paths=paths),
             Middleware(PathMiddleware),
             *outer,
             Middleware(ErrorBoundary),

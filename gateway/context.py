@@ -26,6 +26,24 @@ class Connection(Protocol):
         """Close at once and drop what is unsent: the only way out of a write that a client never reads."""
 
 
+@dataclass(frozen=True, slots=True)
+class Worked:
+    """What became of a request that a model was asked: for the log and the audit, numbers and our own names only.
+
+    `error` is the code it ended with; `left`: its client went away. Times in milliseconds.
+    """
+
+    model: str
+    stream: bool
+    incarnation: int | None = None
+    ttft_ms: float | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    error: str | None = None
+    left: bool = False
+
+
 @dataclass(slots=True)
 class RequestContext:
     """One HTTP request. `started` is `time.monotonic()` when its headers had been read."""
@@ -39,6 +57,13 @@ class RequestContext:
     access: Access | None = None
     #: Tokens of prompt and answer, once they are known: what a limit on tokens counts in the end.
     tokens_used: int | None = None
+    #: Whom limits count, once it is known: also of a request that was refused.
+    client: str | None = None
+    #: What the client calls itself; "" if it does not, or says what nobody should write down.
+    client_id: str = ""
+    #: The code of the error that was answered.
+    error: str | None = None
+    worked: Worked | None = None
 
     def close_after_response(self) -> None:
         """Do not keep the connection alive, if the server can tell it so."""

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import secrets
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any, Final
@@ -14,8 +13,10 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from gateway.context import CONNECTION_EXTENSION
 from gateway.errors import error_body
+from gateway.ids import new_request_id
 from protocol.config import SecurityConfig
 from protocol.errors import LmxError
+from protocol.logs import event
 
 #: httptools has no limit of its own; h11's is the same.
 MAX_HEAD_BYTES: Final = 64 * 1024
@@ -144,7 +145,8 @@ class HttpProtocol(HttpToolsProtocol):
         if cycle is not None and cycle.response_started and not cycle.response_complete:
             self.transport.abort()
             return
-        request_id = f"req_{secrets.token_urlsafe(16)}"
+        request_id = new_request_id()
+        event("http_refused", code=error.code, request_id=request_id)
         body = error_body(error, request_id)
         lines = (
             f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
