@@ -45,7 +45,7 @@ def row_of(scope: Scope, context: RequestContext, *, route: str, status: int, no
         http_status=status,
         duration_ms=round(took_s * 1000, 1),
         key_id=key,
-        client=access.client if access is not None else context.client or (peer[0] if peer else None),
+        client=context.client or (peer[0] if peer else None),
         client_id=context.client_id or None,
         priority=access.priority if access is not None else 0,
         error_type=error,

@@ -236,7 +236,7 @@ def _log(call: Call, streams: bool, now: float) -> None:
         "model": worked.model,
         "kind": call.requests[0].kind.name.lower(),
         "stream": streams,
-        "client": context.access.client if context.access is not None else None,
+        "client": context.client,
         "priority": call.requests[0].priority,
         "latency_ms": round((now - started) * 1000, 1),
         "prompt_tokens": worked.prompt_tokens,

@@ -17,6 +17,8 @@ from protocol.logs import event, exception_event
 
 _DOUBLE_SLASHES: Final = re.compile(r"/{2,}")
 _UNDER_V1: Final = re.compile(r"^/(?!admin|ws|ui|metrics|healthz|readyz|openapi)")
+#: Polled every few seconds by machines: their lines would bury all others, as long as all is well.
+_QUIET_ROUTES: Final = QUIET | {"/admin/health", "/admin/events", "/admin/audit/stream"}
 
 
 class RequestIdMiddleware:
@@ -65,7 +67,7 @@ class RequestIdMiddleware:
     def _note(self, scope: Scope, context: RequestContext, status: int) -> None:
         route = getattr(scope.get("route"), "path", "") or (scope["path"] if scope["path"] in self._paths else "")
         took = time.monotonic() - context.started
-        if route not in QUIET or status != 200:
+        if route not in _QUIET_ROUTES or status != 200:
             event(
                 "http_request",
                 method=scope.get("method", "websocket"),
@@ -73,7 +75,7 @@ class RequestIdMiddleware:
                 status=status,
                 ms=round(took * 1000, 1),
                 request_id=context.request_id,
-                client=context.access.client if context.access is not None else context.client,
+                client=context.client,
             )
         if self._audit is not None:
             shown = _UNDER_V1.sub("/v1/", route) if route else "unmatched"

@@ -30,6 +30,17 @@ KEEP_ALIVE_S: Final = 75
 _CLOSE_TIMEOUT_S: Final = 2
 
 
+#: Who listens by WebSocket has nothing to say.
+_MAX_WEBSOCKET_MESSAGE: Final = 4096
+
+
+def _websocket_protocol(**arguments: Any) -> asyncio.Protocol:
+    """Return uvicorn's protocol for one WebSocket. What it imports takes as long as a tenth of the gateway's start."""
+    from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol  # noqa: PLC0415
+
+    return WebSocketsSansIOProtocol(**arguments)
+
+
 class _HeadTooLargeError(Exception):
     """Stops the parser."""
 
@@ -165,7 +176,9 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             app,
             http=HttpProtocol,
-            ws="none",
+            ws=_websocket_protocol,  # type: ignore[arg-type]
+            ws_max_size=_MAX_WEBSOCKET_MESSAGE,
+            ws_per_message_deflate=False,
             lifespan="off",
             log_config=None,
             access_log=False,
