@@ -203,4 +203,4 @@ def _read(path: Path, wanted: Filter, limit: int, before: int | None) -> list[Au
         with AuditReader(path) as reader:
             return reader.page(wanted, limit=limit, before=before)
     except AuditUnreadableError as error:
-        raise LmxError("audit_unavailable", f"The audit cannot be read: {error}") from None
+        raise LmxError("audit_unavailable", f"The audit cannot be read; {error}") from None

@@ -162,9 +162,8 @@ class AuditReader:
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
-            msg = f"there is no audit file {path}: nothing has been asked here yet, or audit.enabled is false"
+            msg = "there is none: nothing has been asked here yet, or audit.enabled is false"
             raise AuditUnreadableError(msg)
-        self._path = path
         self._ends = 0.0
         try:
             self._connection = sqlite3.connect(read_only(path), uri=True, timeout=_BUSY_S, isolation_level=None)
@@ -221,13 +220,12 @@ class AuditReader:
     def _is_late(self) -> bool:
         return time.monotonic() > self._ends
 
-    def _unreadable(self, error: Exception) -> AuditUnreadableError:
+    @staticmethod
+    def _unreadable(error: Exception) -> AuditUnreadableError:
         name = getattr(error, "sqlite_errorname", type(error).__name__)
         if name == "SQLITE_INTERRUPT":
-            return AuditUnreadableError(
-                "that takes too long to look through: ask for a shorter time or fewer conditions"
-            )
-        return AuditUnreadableError(f"{self._path} cannot be read ({name}): is it an audit file of LMX, and whole?")
+            return AuditUnreadableError("that takes too long to look through: ask for a shorter time")
+        return AuditUnreadableError(f"{name}: is it an audit file of LMX, and whole?")
 
 
 def read_only(path: Path) -> str:

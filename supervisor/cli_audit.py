@@ -68,7 +68,7 @@ def audit(home: Home, /, limit: int | None, export: str | None, as_json: bool, *
                 return
             rows = _newest(reader, chosen, limit or _SHOWN)
     except AuditUnreadableError as error:
-        _fail(str(error))
+        _fail(f"{home.audit} cannot be read: {error}")
     except BrokenPipeError:
         sys.exit(CliExit.OK)
     if as_json:

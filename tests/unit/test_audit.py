@@ -346,7 +346,7 @@ def test_errors_that_pass_do_not_cost_the_file() -> None:
 
 
 def test_a_missing_or_foreign_file_is_said_in_words(path: Path) -> None:
-    with pytest.raises(AuditUnreadableError, match="no audit file"):
+    with pytest.raises(AuditUnreadableError, match="there is none"):
         AuditReader(path)
     spoil(path, "garbage")
     with AuditReader(path) as reader, pytest.raises(AuditUnreadableError, match="SQLITE_NOTADB"):
