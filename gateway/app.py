@@ -54,7 +54,7 @@ def build_app(spec: GatewaySpec, catalog: CatalogView, pool: WorkerPool, traffic
         Route("/openapi.json", OpenApi(), methods=["GET"]),
         Route("/healthz", Healthz(), methods=["GET"]),
         Route("/readyz", Readyz(catalog, traffic), methods=["GET"]),
-        *admin_routes(forwarder, catalog, traffic, audit),
+        *admin_routes(forwarder, catalog, traffic, audit, Path(spec.log_file).parent if spec.log_file else None),
     ]
     paths = frozenset(path for route in routes if "{" not in (path := getattr(route, "path", "{")))
     app = Starlette(

@@ -252,6 +252,9 @@ def _log(call: Call, streams: bool, now: float) -> None:
     crashes = sum(request.crashes for request in call.requests)
     if crashes:
         fields["crashes"] = crashes
+    if failed is not None and failed.code == "server_busy":
+        waited = {"request_id": context.request_id, "model": worked.model, "latency_ms": fields["latency_ms"]}
+        event("semaphore_timeout_stream" if streams else "semaphore_timeout", level="WARNING", **waited)
     if failed is not None:
         event("inference_failed", level="WARNING", code=failed.code, **fields)
     elif unfinished:

@@ -114,6 +114,7 @@ class Service:
 
     def _on_signal(self) -> None:
         """Drain on the first signal, end on the second."""
+        event("sigterm_received")
         if self._traffic.draining:
             self._end(WorkerExit.ASKED)
         else:
