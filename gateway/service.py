@@ -173,7 +173,8 @@ class Service:
                 self._start_drain(self._spec.lifecycle.drain_s, WorkerExit.LEASE_EXPIRED)
 
     def _heartbeat(self) -> GatewayHeartbeat:
-        return GatewayHeartbeat(open_requests=self._traffic.running, sockets=self._server.connection_count())
+        traffic = self._traffic
+        return GatewayHeartbeat(traffic.running, self._server.connection_count(), traffic.draining)
 
 
 def _stopping() -> LmxError:
