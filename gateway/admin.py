@@ -5,19 +5,21 @@ from typing import Final
 from starlette.routing import BaseRoute, Route
 
 from gateway.admin_events import Events
+from gateway.admin_health import AdminHealth
 from gateway.admin_models import Fit, Load, ModelOrder, ModelsStatus, Restart
 from gateway.admin_system import Crash, Crashes, Reload, Resume, Status
 from gateway.body import BodyReader
 from gateway.catalog import CatalogView
 from gateway.forward import Forwarder
 from gateway.traffic import Traffic
+from gateway.vitals import VitalsView
 from protocol.control import PinRequest, ResetRequest, UnloadRequest
 
 #: Orders are a few fields.
 _MAX_BODY_BYTES: Final = 16 * 1024
 
 
-def admin_routes(forwarder: Forwarder, catalog: CatalogView, traffic: Traffic) -> list[BaseRoute]:
+def admin_routes(forwarder: Forwarder, catalog: CatalogView, traffic: Traffic, vitals: VitalsView) -> list[BaseRoute]:
     """Return the routes. What is added here has its row in docs/admin.md."""
     bodies = BodyReader(_MAX_BODY_BYTES)
     load = Load(forwarder, bodies)
@@ -36,6 +38,7 @@ def admin_routes(forwarder: Forwarder, catalog: CatalogView, traffic: Traffic) -
         Route("/admin/models/reset", ModelOrder(forwarder, bodies, ResetRequest), methods=["POST"]),
         Route("/admin/config/reload", Reload(forwarder), methods=["POST"]),
         Route("/admin/resume", Resume(forwarder), methods=["POST"]),
+        Route("/admin/health", AdminHealth(forwarder, catalog, vitals, traffic), methods=["GET"]),
         Route("/admin/status", Status(forwarder), methods=["GET"]),
         Route("/admin/crashes", Crashes(forwarder), methods=["GET"]),
         Route("/admin/crashes/{id}", Crash(forwarder), methods=["GET"]),

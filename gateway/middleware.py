@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.context import ClientGoneError, RequestContext, attach, connection_of, context_of, header
 from gateway.errors import send_error
+from gateway.numbers import Numbers
 from gateway.traffic import Traffic
 from protocol.errors import LmxError
 from protocol.logs import event, exception_event
@@ -24,9 +25,10 @@ _CLIENT_GONE_STATUS: Final = 499
 class RequestIdMiddleware:
     """Outermost: gives each request an id, puts it on every response and logs one `http_request` line."""
 
-    def __init__(self, app: ASGIApp, traffic: Traffic) -> None:
+    def __init__(self, app: ASGIApp, traffic: Traffic, numbers: Numbers) -> None:
         self._app = app
         self._traffic = traffic
+        self._numbers = numbers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI scope."""
@@ -54,6 +56,7 @@ class RequestIdMiddleware:
             await self._app(scope, receive, send_with_id)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
+            self._numbers.answered(route, status, context.error_code)
             if route not in _QUIET_ROUTES:
                 event(
                     "http_request",
