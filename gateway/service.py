@@ -184,7 +184,8 @@ class Service:
         )
 
     def _heartbeat(self) -> GatewayHeartbeat:
-        return GatewayHeartbeat(open_requests=self._traffic.running, sockets=self._server.connection_count())
+        traffic = self._traffic
+        return GatewayHeartbeat(traffic.running, self._server.connection_count(), traffic.draining)
 
 
 def _stopping() -> LmxError:

@@ -100,7 +100,7 @@ class ModelsConfig(_Section, frozen=True):
     #: Requests that wait for a slot; one more is refused at once.
     queue_depth: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 128
     slot_timeout_s: Annotated[float, msgspec.Meta(ge=0.05, le=300)] = 30.0
-    #: Prompt tokens processed between two decode steps.
+    #: Tokens of all prompts together that are processed between two decode steps.
     prefill_step_tokens: Annotated[int, msgspec.Meta(ge=16, le=65536)] = 512
 
 
@@ -134,7 +134,9 @@ class MemoryConfig(_Section, frozen=True):
     soft: Share = 0.85
     hard: Share = 0.95
     kill: Share = 1.05
-    #: Shares of the machine's memory in use: above new requests are refused; the largest model is ended.
+    #: Shares of the machine's memory in use: above models run fewer requests at once; new ones are refused; the
+    #: largest model is ended.
+    slow: Share = 0.85
     shed: Share = 0.95
     critical: Share = 0.98
     #: Make room for a load by unloading models that nobody uses, the least recently used first.

@@ -31,6 +31,7 @@ _ROWS: Final = (
     ErrorSpec("unsupported_parameter", 400, _INVALID, "This server does not support that parameter"),
     ErrorSpec("invalid_config", 400, _INVALID, "The configuration cannot be used"),
     ErrorSpec("context_length_exceeded", 400, _INVALID, "The prompt is longer than the model's context"),
+    ErrorSpec("request_too_large", 400, _INVALID, "The request needs more memory than the model's process has"),
     ErrorSpec("invalid_api_key", 401, "authentication_error", "The API key is missing or wrong"),
     ErrorSpec("forbidden", 403, "permission_error", "That needs another key"),
     ErrorSpec("model_not_found", 404, _INVALID, "No such model is loaded"),

@@ -18,6 +18,8 @@ class MemoryLimits(msgspec.Struct, frozen=True):
     buffer_bytes: int = 0
     clear_above_bytes: int = 256 * 1024 * 1024
     clear_every_s: float = 300.0
+    #: What the caches of all requests together may take: more is not promised to them. 0 promises everything.
+    kv_bytes: int = 0
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):

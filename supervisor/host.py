@@ -366,6 +366,12 @@ class Host:
         self.slots[old.name] = old
         self.feed(old, ev.Unwant())
 
+    def relieve_gateway(self, managed: Managed) -> None:
+        """Replace a gateway that somebody else has told to end, before its last request has: it refuses new ones."""
+        if managed is self.slots.get(GATEWAY) and managed.slot.state is ModelState.READY and managed.slot.wanted:
+            self.journal.write("gateway_relieved", level="WARNING", pid=managed.slot.pid)
+            self.replace_gateway()
+
     def release(self) -> None:
         """Start to start: everything that could be adopted has been."""
         self.holding = False

@@ -13,8 +13,9 @@ import msgspec
 
 from protocol.control import Capabilities
 from protocol.encoder import Encoder
+from protocol.kvsize import kv_shape
 from protocol.logs import event, exception_event
-from protocol.modelfolder import ModelFolder, ModelFolderError, inspect_model_folder
+from protocol.modelfolder import ModelFolder, ModelFolderError, inspect_model_folder, read_config
 from protocol.spec import MemoryLimits, WorkerSpec
 from protocol.states import WorkerExit
 from worker.failures import FatalError, classify, describe
@@ -78,6 +79,7 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
         memory=lambda: (mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory()),
         vocabulary=words,
         relieve=relieve,
+        cache=kv_shape(read_config(folder.path)),
     )
 
 
