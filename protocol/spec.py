@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import msgspec
 
-from protocol.config import GatewayConfig, LifecycleConfig, LimitsConfig, ModelsConfig, SecurityConfig
+from protocol.config import AuditConfig, GatewayConfig, LifecycleConfig, LimitsConfig, ModelsConfig, SecurityConfig
 
 SpecT = TypeVar("SpecT", bound=msgspec.Struct)
 
@@ -70,6 +70,9 @@ class GatewaySpec(msgspec.Struct, frozen=True):
     admin_digest: str = ""
     #: Where the inference keys are; without it there are none.
     keys_file: str = ""
+    audit: AuditConfig = AuditConfig()
+    #: Where requests are noted; without it they are not.
+    audit_file: str = ""
 
 
 def write_spec(file: Path, spec: msgspec.Struct) -> None:
