@@ -33,8 +33,8 @@ chaos: setup ## the long runs with faults, about 40 minutes
 clients: setup ## real clients (openai, langchain, litellm, …) against a real LMX; needs the package registries
 	@scripts/clients $(ARGS)
 
-bench: setup ## LMX against the same engine in-process
-	@.venv/bin/python bench/overhead.py $(ARGS)
+bench: setup ## LMX beside its engine in-process and other servers, about 10 minutes; ARGS for `python -m bench`
+	@scripts/bench $(ARGS)
 
 lock: ## resolve the dependencies anew (maintainers; needs uv); ARGS=--upgrade for new versions
 	@scripts/lock $(ARGS)
