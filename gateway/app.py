@@ -1,5 +1,8 @@
 """The application: routes and what lies around them."""
 
+from pathlib import Path
+from typing import Final
+
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -8,6 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from gateway.admin import admin_routes
 from gateway.calls import Calls
 from gateway.catalog import CatalogView
 from gateway.chat import ChatCompletions
@@ -15,6 +19,7 @@ from gateway.completions import Completions
 from gateway.context import context_of
 from gateway.door import front_door
 from gateway.embeddings import Embeddings
+from gateway.forward import Forwarder
 from gateway.health import Healthz, Readyz
 from gateway.middleware import ErrorBoundary, PathMiddleware, RequestIdMiddleware
 from gateway.models import Model, Models
@@ -26,12 +31,16 @@ from gateway.traffic import Traffic
 from protocol.errors import LmxError
 from protocol.spec import GatewaySpec
 
+_LONGER_S: Final = 5.0
+
 
 def build_app(spec: GatewaySpec, catalog: CatalogView, pool: WorkerPool, traffic: Traffic) -> ASGIApp:
     """Return the ASGI application. Paths are written without `/v1`; `PathMiddleware` accepts both."""
     config = spec.gateway
     outer, door = front_door(spec)
     calls = Calls(config, catalog, pool, traffic)
+    # The supervisor's own limit comes first: it knows better words.
+    forwarder = Forwarder(Path(spec.control_socket), spec.lifecycle.command_timeout_s + _LONGER_S)
     app = Starlette(
         routes=[
             Route("/chat/completions", ChatCompletions(calls), methods=["POST"]),
@@ -45,6 +54,7 @@ def build_app(spec: GatewaySpec, catalog: CatalogView, pool: WorkerPool, traffic
             Route("/openapi.json", OpenApi(), methods=["GET"]),
             Route("/healthz", Healthz(), methods=["GET"]),
             Route("/readyz", Readyz(catalog, traffic), methods=["GET"]),
+            *admin_routes(forwarder, catalog, traffic),
         ],
         # The first is the outermost. `add_middleware` would insert in front.
         middleware=[

@@ -10,6 +10,12 @@ from gateway.auth import Access
 #: Key of the ASGI extension through which `gateway.server` offers its connection.
 CONNECTION_EXTENSION: Final = "lmx.connection"
 _CONTEXT: Final = "lmx.context"
+_ADMIN: Final = ("/admin", "/ws")
+
+
+def is_admin_path(path: str) -> bool:
+    """Return whether a canonical path is for administrators."""
+    return any(path == root or path.startswith(f"{root}/") for root in _ADMIN)
 
 
 class ClientGoneError(Exception):
@@ -37,6 +43,8 @@ class RequestContext:
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
     #: Who sent it, once `gateway.door` has let it in.
     access: Access | None = None
+    #: Its address, as far as it can be told: that of a trusted proxy's client.
+    address: str = ""
     #: Tokens of prompt and answer, once they are known: what a limit on tokens counts in the end.
     tokens_used: int | None = None
 

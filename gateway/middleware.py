@@ -16,7 +16,7 @@ from protocol.logs import event, exception_event
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _DOUBLE_SLASHES: Final = re.compile(r"/{2,}")
 #: Polled every few seconds by machines: their lines would bury all others.
-_QUIET_ROUTES: Final = frozenset({"/healthz", "/readyz"})
+_QUIET_ROUTES: Final = frozenset({"/healthz", "/readyz", "/admin/health", "/admin/events", "/metrics"})
 #: nginx's number for "the client went away"; only ever logged.
 _CLIENT_GONE_STATUS: Final = 499
 

@@ -65,7 +65,7 @@ class Service:
             running: list[asyncio.Future[Any]] = [serving, control, lease, self._exit]
             await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             code = self._exit_code(serving, control, lease)
-            self._traffic.draining = True
+            self._traffic.drain()
             self._pool.fail_requests(_stopping())
             self._server.should_exit = True
             await asyncio.wait({serving})
@@ -118,12 +118,12 @@ class Service:
     def _start_handing_over(self, grace_s: float, code: WorkerExit | None) -> None:
         event("gateway_handing_over", grace_s=grace_s, running=self._traffic.running)
         self._server.stop_accepting()
-        self._traffic.closing = True
+        self._traffic.close()
         self._watch_drain(grace_s, code)
 
     def _start_drain(self, grace_s: float, code: WorkerExit | None) -> None:
         event("gateway_draining", grace_s=grace_s, running=self._traffic.running)
-        self._traffic.draining = True
+        self._traffic.drain()
         self._watch_drain(grace_s, code)
 
     def _watch_drain(self, grace_s: float, code: WorkerExit | None) -> None:
@@ -164,7 +164,8 @@ class Service:
                 self._start_drain(self._spec.lifecycle.drain_s, WorkerExit.LEASE_EXPIRED)
 
     def _heartbeat(self) -> GatewayHeartbeat:
-        return GatewayHeartbeat(open_requests=self._traffic.running, sockets=self._server.connection_count())
+        traffic = self._traffic
+        return GatewayHeartbeat(traffic.running, self._server.connection_count(), traffic.draining)
 
 
 def _stopping() -> LmxError:

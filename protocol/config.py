@@ -217,6 +217,19 @@ class LifecycleConfig(_Section, frozen=True):
     command_timeout_s: Seconds = 900.0
 
 
+class ThermalConfig(_Section, frozen=True):
+    """Temperature and clock of the GPU, from `macmon` if it is installed."""
+
+    #: The program, searched in PATH and where Homebrew and MacPorts install; "" measures nothing.
+    macmon: str = "macmon"
+    interval_s: Annotated[float, msgspec.Meta(ge=0.1, le=3600)] = 5.0
+    #: A sample that is so late means that the program hangs.
+    timeout_s: Annotated[float, msgspec.Meta(ge=0.1, le=60)] = 5.0
+    #: Held back: slower than this while busy for more than this share of the time.
+    throttled_mhz: Annotated[float, msgspec.Meta(ge=0, le=100_000)] = 1000.0
+    busy: Share = 0.8
+
+
 class LogConfig(_Section, frozen=True):
     """What is written to `$LMX_HOME/logs`."""
 
@@ -233,4 +246,5 @@ class Config(_Section, frozen=True):
     worker: WorkerConfig = WorkerConfig()
     memory: MemoryConfig = MemoryConfig()
     lifecycle: LifecycleConfig = LifecycleConfig()
+    thermal: ThermalConfig = ThermalConfig()
     log: LogConfig = LogConfig()

@@ -209,6 +209,17 @@ def crashes(home: Home, crash: str | None, as_json: bool) -> None:
 
 
 @cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the document lmx.doctor/1.")
+@click.pass_obj
+@_reports
+def doctor(home: Home, as_json: bool) -> None:
+    """Look for what would keep LMX from serving well. Exit 1 if something is broken."""
+    from supervisor.cli_doctor import show
+
+    show(home, as_json=as_json)
+
+
+@cli.command()
 @click.argument("model")
 @click.pass_obj
 @_reports

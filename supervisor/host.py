@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ import msgspec
 from protocol import control
 from protocol.config import Config
 from protocol.paths import Home
+from protocol.standstill import Standstill
 from protocol.states import ModelState, Phase
 from supervisor import events as ev
 from supervisor import lifecycle as life
@@ -61,7 +63,7 @@ class Host:
         self.meter = Meter(platform, self.guard)
         self._changed = changed
         self._timer: asyncio.TimerHandle | None = None
-        self._timer_due = 0.0
+        self._standstill = Standstill(config.lifecycle.slept_s, now=math.inf)  # from the first timer on
         self._pumping = False
         self._random = random.Random()  # noqa: S311 - spreads delays
         self.launcher = Launcher(home, config, platform)
@@ -311,6 +313,7 @@ class Host:
     def _pump(self) -> None:
         """Start what is due and arrange to be woken at the next deadline."""
         self._pumping = False
+        self._forgive_standstill()
         now = time.monotonic()
         with self.guard("pump"):
             if not self.holding:
@@ -363,6 +366,12 @@ class Host:
         self.slots[old.name] = old
         self.feed(old, ev.Unwant())
 
+    def relieve_gateway(self, managed: Managed) -> None:
+        """Replace a gateway that somebody else has told to end, before its last request has: it refuses new ones."""
+        if managed is self.slots.get(GATEWAY) and managed.slot.state is ModelState.READY and managed.slot.wanted:
+            self.journal.write("gateway_relieved", level="WARNING", pid=managed.slot.pid)
+            self.replace_gateway()
+
     def release(self) -> None:
         """Start to start: everything that could be adopted has been."""
         self.holding = False
@@ -384,17 +393,26 @@ class Host:
                     due = min(due, now + _LOOK_S)
         if self._timer is not None:
             self._timer.cancel()
-        self._timer_due = due
+        self._standstill.rest_until(due)
         self._timer = asyncio.get_running_loop().call_later(max(0.0, due - now), self._tick)
 
     def _tick(self) -> None:
-        late = time.monotonic() - self._timer_due
-        if late > self.config.lifecycle.slept_s:
-            self.journal.write("slept", level="WARNING", seconds=round(late, 1))
+        if not self._forgive_standstill():
+            self._feed_all(ev.Tick(0.0))
+        self._pump_soon()
+
+    def _forgive_standstill(self) -> bool:
+        """Begin every deadline anew if this machine stood still. Return whether it did."""
+        stood_s = self._standstill.look(time.monotonic())
+        if stood_s:
+            self.journal.write("slept", level="WARNING", seconds=round(stood_s, 1))
+            self._feed_all(ev.Tick(stood_s))
+        return stood_s > 0
+
+    def _feed_all(self, happened: ev.Event) -> None:
         for managed in list(self.slots.values()):
             with self.guard("tick"):
-                self.feed(managed, ev.Tick(late))
-        self._pump_soon()
+                self.feed(managed, happened)
 
     def close(self) -> None:
         """Stop the clock; living processes are left alone."""

@@ -13,6 +13,7 @@ from supervisor.admission import Admission
 from supervisor.enforcement import Order, Whole
 from supervisor.host import GATEWAY, Host
 from supervisor.managed import Managed
+from supervisor.pace import SLOW, PaceKeeper
 from supervisor.platform.base import Pressure
 from supervisor.prediction import UNREADABLE, History, key_of
 
@@ -43,6 +44,7 @@ class Warden:
         self._history = history
         self._changed = changed
         self._config = host.config.memory
+        self._pace = PaceKeeper(host.journal, history, host.config.worker.module)
         self._whole = Whole()
         self._machine = host.meter.machine()
         self._pressure: Pressure | None = host.meter.pressure()
@@ -141,6 +143,7 @@ class Warden:
             account.told_at = now
             managed.tell(control.Relieve(_CLOSE_S))
         if slot.state is ModelState.READY:
+            self._pace.look(managed)
             self._settle(managed, now)
             self._rotate(managed, now, idle=idle)
 
@@ -312,4 +315,6 @@ class Warden:
             "idle_s": round(now - account.used_at, 1) if managed.slot.pid and account.used_at else None,
             "closed": account.watch.closed and managed.slot.pid != 0,
             "monitored": not account.watch.unmonitored,
+            "pace": None if account.pace is None else round(account.pace, 2),
+            "slow": account.pace is not None and account.pace < SLOW,
         }

@@ -19,6 +19,7 @@ from protocol.control import Drain, Drained, Dying, Ping, Relieve, Stop, ToWorke
 from protocol.errors import LmxError, from_peer
 from protocol.logs import event
 from protocol.spec import WorkerSpec
+from protocol.standstill import Standstill
 from protocol.states import WorkerExit
 from worker import jobs as engine
 from worker.control import ControlClient
@@ -73,6 +74,7 @@ class IoThread:
         self._book: Book | None = None
         self._intake: Intake | None = None
         self._lease_s = spec.lifecycle.lease_s
+        self._standstill = Standstill(spec.lifecycle.slept_s, now)
         self._lease_over = False
         self._heartbeat_at = now
         self._retry_at = NEVER
@@ -128,9 +130,9 @@ class IoThread:
     def _turn(self) -> None:
         self._watch_control()
         due = self._next_timer()
+        self._standstill.rest_until(due)
         readable, fds = self._link.wait(due - monotonic())
-        if monotonic() - due > self._spec.lifecycle.slept_s:
-            self._control.heard_at = monotonic()  # this machine stood still, and so did the supervisor
+        self._forgive_standstill()
         if self._wake_in.fileno() in fds:
             self._on_wake(monotonic())
         if readable:
@@ -141,7 +143,14 @@ class IoThread:
             for message in self._control.receive(now):
                 self._on_control(message, now)
         if not self._done:
-            self._on_timers(monotonic())
+            self._on_timers(self._forgive_standstill())
+
+    def _forgive_standstill(self) -> float:
+        """Return the time. If this machine stood still, so did the supervisor: its lease begins anew."""
+        now = monotonic()
+        if self._standstill.look(now):
+            self._control.heard_at = now
+        return now
 
     def _watch_control(self) -> None:
         """Poll the control connection of now, which may not be the one of the last turn."""

@@ -295,6 +295,8 @@ class Loaded(msgspec.Struct, frozen=True):
     answers_whole: bool = False
     #: None where the model has no tokens to speak of.
     vocabulary: Vocabulary | None = None
+    #: Returns the seconds per token of one request alone, 0 if it makes none. Called once, after the canary.
+    time_step: Callable[[], float] = lambda: 0.0
     #: How long `prepare` will take. Called by the IO thread.
     pace: Callable[[Submit], Pace] = lambda _: Pace.QUICK
 

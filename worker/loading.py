@@ -4,7 +4,9 @@ Importing this module does not import MLX (that takes 2 s); `load` does.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -16,7 +18,7 @@ from protocol.modelfolder import ModelFolder, ModelFolderError, inspect_model_fo
 from protocol.spec import MemoryLimits, WorkerSpec
 from protocol.states import WorkerExit
 from worker.failures import FatalError, classify, describe
-from worker.jobs import Loaded
+from worker.jobs import Job, Loaded
 from worker.versions import check_versions
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ Report = Callable[[int, int, str], None]
 #: Weights are read in pieces of about this size; each is one report.
 _CHUNK_BYTES: Final = 32 * 1024 * 1024
 _CANARY_TOKENS: Final = 8
+_TIMED_STEPS: Final = 6
 _FOLDER_EXITS: Final = {"missing": WorkerExit.MISSING_MODEL, "corrupt": WorkerExit.CORRUPT_MODEL}
 
 
@@ -58,6 +61,7 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
     completions = CompletionMaker(words, max_model_len=context, special=eos | special_ids(tokenizer), begin=begin)
     slots = spec.models.max_concurrent_requests
     backend = BatchBackend(model, eos, slots=slots, prefill_tokens=spec.models.prefill_step_tokens)
+    canary = Canary(backend, len(tokenizer))
     return Loaded(
         backend=backend,
         capabilities=Capabilities(
@@ -69,7 +73,8 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
         ),
         prepare=Kinds(prompts.prepare, completions.prepare, words.size),
         pace=lambda submit: pace_of_inputs(submit) if submit.inputs else prompts.pace(submit),
-        canary=Canary(backend, len(tokenizer)),
+        canary=canary,
+        time_step=canary.time_step,
         memory=lambda: (mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory()),
         vocabulary=words,
         relieve=relieve,
@@ -125,6 +130,18 @@ class Canary:
             self._first = tokens
         elif tokens != self._first:
             raise FatalError(WorkerExit.GPU_POISONED, "[canary] the self-test gave another token than the first time")
+
+    def time_step(self) -> float:
+        """Return the seconds of the quickest of a few decode steps; 0 if the model ends its answer at once.
+
+        The quickest: what else the machine does makes a step slower, nothing makes one quicker.
+        """
+        self._backend.insert(Job(id=-1, prompt=self._prompt, max_tokens=_TIMED_STEPS))
+        ends: list[float] = []
+        while len(self._backend):
+            if self._backend.step():
+                ends.append(monotonic())
+        return min((after - before for before, after in pairwise(ends)), default=0.0)
 
 
 def _inspect(path: Path) -> ModelFolder:

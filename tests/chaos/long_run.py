@@ -234,9 +234,15 @@ def progress(words: str) -> None:
     sys.stderr.flush()
 
 
+def _whole(document: dict[str, Any]) -> bool:
+    """Whether every process is there: each is a connection and a watch of the supervisor's."""
+    models = all(model["state"] == "ready" for model in document["models"])
+    return models and document["gateway"]["state"] == document["spare"]["state"] == "ready"
+
+
 def resources(lmx: Lmx) -> dict[str, float]:
     """Descriptors, threads and memory of the two processes that must not grow."""
-    document = lmx.wait_status(lambda doc: doc["gateway"]["state"] == "ready")
+    document = lmx.wait_status(_whole, within_s=60)
     found: dict[str, float] = {}
     for role in ("gateway", "supervisor"):
         process = psutil.Process(document[role]["pid"])

@@ -171,7 +171,7 @@ async def test_traffic_counts_and_drains() -> None:
     traffic = Traffic()
     with traffic.admit():
         assert not await traffic.idle(0.01)
-        traffic.draining = True
+        traffic.drain()
         with pytest.raises(LmxError, match="stopping"), traffic.admit():
             pass
         idle = asyncio.create_task(traffic.idle(10))
