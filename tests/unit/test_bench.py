@@ -6,17 +6,21 @@ import json
 import xml.etree.ElementTree as ET
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench import gate
 from bench.__main__ import parse
 from bench.compare import Comparison, Progress
 from bench.contenders import Contender, ContenderFailedError, Measured
+from bench.gate import read_baseline, table, verdict
 from bench.load import run_load, summary
 from bench.measures import percentile
 from bench.plot import bars, nice
 from bench.report import markdown, tokens_per_s
+from bench.soak import growth
 from bench.workloads import Workload, decode, prompt, standard
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
@@ -115,6 +119,11 @@ def test_a_comparison_has_about_as_many_tokens_for_each_number_of_streams() -> N
     names = [workload.name for workload in standard([1, 64], 128, 2048)]
     assert names[:2] == ["1 streams", "64 streams"]
     assert len(names) == 5
+
+
+@pytest.fixture(autouse=True)
+def quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.compare.psutil.cpu_percent", lambda _: 0.0)
 
 
 class Fake(Contender):
@@ -230,3 +239,28 @@ def test_a_contender_that_nobody_knows_is_refused() -> None:
     assert parse(["--streams", "1,2"]).streams == [1, 2]
     with pytest.raises(SystemExit):
         parse(["--who", "lmx,other"])
+
+
+def test_the_gate_fails_only_for_what_is_worse_than_the_tolerance() -> None:
+    baseline = {"a": 10.0, "b": 10.0, "gone": 1.0}
+    found = {"a": 11.4, "b": 11.6, "new": 99.0}
+    assert verdict(found, baseline, 0.15) == ["b"]
+    assert verdict(found, baseline, 0.20) == []
+    text = table(found, baseline, 0.15)
+    assert "| a | 11.4 | 10 | +14% |" in text
+    assert "| b | 11.6 | 10 | **+16%: too much** |" in text
+    assert "| new | 99 | – | |" in text
+
+
+def test_the_baseline_names_figures_of_every_part_of_the_gate() -> None:
+    figures = read_baseline(Path(gate.__file__).with_name("baseline.json"))
+    for words in ("over in-process", "of 10,000 events", "short requests", "over a bare start", "memory at start"):
+        assert any(words in name for name in figures)
+    assert read_baseline(Path("nowhere.json")) == {}
+
+
+def test_growth_is_descriptors_threads_and_memory() -> None:
+    before = {"gateway": {"fds": 20.0, "threads": 4.0, "mib": 100.0}}
+    assert growth(before, {"gateway": {"fds": 22.0, "threads": 4.0, "mib": 114.0}}) == []
+    grown = growth(before, {"gateway": {"fds": 30.0, "threads": 9.0, "mib": 120.0}})
+    assert grown == ["gateway: fds 20 -> 30", "gateway: threads 4 -> 9", "gateway: 100 -> 120 MiB"]
