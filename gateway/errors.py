@@ -37,7 +37,9 @@ async def send_error(
     scope: Scope, send: Send, error: LmxError, headers: list[tuple[bytes, bytes]] | None = None
 ) -> None:
     """Answer with `error`; only before the response has started."""
-    request_id = context_of(scope).request_id
+    context = context_of(scope)
+    request_id = context.request_id
+    context.error_code = error.code
     all_headers = [*error_headers(error), *(headers or [])]
     if is_admin_path(scope["path"]) or _PROBLEM_TYPE in header(scope, b"accept").lower():
         body = msgspec.json.encode(problem(error, request_id))

@@ -7,12 +7,17 @@ import socket
 from pathlib import Path
 from typing import Any, Final
 
-from gateway.app import build_app
+from gateway.app import Parts, build_app
+from gateway.audit import Audit
+from gateway.audit_store import AuditStore
 from gateway.catalog import CatalogView
 from gateway.control import ControlClient, Lease
+from gateway.exposition import Scene
+from gateway.numbers import Numbers
 from gateway.pool import Report, WorkerPool
 from gateway.server import Server
 from gateway.traffic import Traffic
+from gateway.vitals import VitalsView
 from protocol.control import Catalog, GatewayHeartbeat
 from protocol.errors import LmxError
 from protocol.logs import event, exception_event
@@ -21,6 +26,8 @@ from protocol.states import WorkerExit
 
 _LEASE_CHECKS: Final = 20
 _MAX_LEASE_CHECK_S: Final = 1.0
+#: Last rows are on their way to a file that somebody may have locked.
+_AUDIT_CLOSE_S: Final = 2.0
 
 
 class Service:
@@ -31,12 +38,17 @@ class Service:
         self._listener = listener
         self._loop = asyncio.get_running_loop()
         self._catalog = CatalogView()
-        self._pool = WorkerPool(spec.gateway, self._catalog, self._report)
+        self._numbers = Numbers()
+        self._vitals = VitalsView()
+        self._pool = WorkerPool(spec.gateway, self._catalog, self._report, self._numbers)
         self._traffic = Traffic()
         self._accepting = asyncio.Event()
         self._exit: asyncio.Future[int] = self._loop.create_future()
         self._drains: set[asyncio.Task[None]] = set()
-        app = build_app(spec, self._catalog, self._pool, self._traffic)
+        store = AuditStore(Path(spec.audit_file), spec.audit) if spec.audit_file else None
+        self._audit = Audit(store)
+        parts = Parts(self._catalog, self._pool, self._traffic, self._numbers, self._vitals, self._scene, self._audit)
+        app = build_app(spec, parts)
         self._server = Server(app, self._accepting.set, spec.security)
         lifecycle = spec.lifecycle
         self._lease = Lease(lifecycle.lease_s, lifecycle.slept_s, self._loop.time())
@@ -60,6 +72,7 @@ class Service:
         serving = asyncio.create_task(self._server.serve(sockets=[self._listener]), name="serving")
         control = asyncio.create_task(self._control.run(), name="control")
         lease = asyncio.create_task(self._watch_lease(), name="lease")
+        self._audit.start()
         event("gateway_started", incarnation=self._spec.incarnation)
         try:
             running: list[asyncio.Future[Any]] = [serving, control, lease, self._exit]
@@ -74,6 +87,7 @@ class Service:
                 task.cancel()
             await asyncio.gather(control, lease, *self._drains, return_exceptions=True)
             self._pool.close()
+            self._audit.close(_AUDIT_CLOSE_S)
         event("gateway_stopped", code=code)
         return code
 
@@ -83,6 +97,10 @@ class Service:
         """Serve these models from now on."""
         self._catalog.replace(catalog)
         self._pool.apply(catalog)
+
+    def vitals(self, status: bytes) -> None:
+        """Keep the supervisor's view of everything, for health and metrics."""
+        self._vitals.take(status)
 
     def drain(self, grace_s: float, *, hand_over: bool) -> None:
         """Take no more requests and say when none is left; then wait to be stopped.
@@ -106,6 +124,7 @@ class Service:
 
     def _on_signal(self) -> None:
         """Drain on the first signal, end on the second."""
+        event("sigterm_received")
         if self._traffic.draining:
             self._end(WorkerExit.ASKED)
         else:
@@ -162,6 +181,17 @@ class Service:
                 draining = True
                 event("lease_expired", level="ERROR", lease_s=self._lease.lease_s)
                 self._start_drain(self._spec.lifecycle.drain_s, WorkerExit.LEASE_EXPIRED)
+
+    def _scene(self) -> Scene:
+        return Scene(
+            self._numbers,
+            self._vitals.fresh,
+            self._catalog.models(),
+            self._pool.loads(),
+            self._catalog.shedding,
+            self._traffic.running,
+            self._server.connection_count(),
+        )
 
     def _heartbeat(self) -> GatewayHeartbeat:
         traffic = self._traffic

@@ -105,6 +105,10 @@ class Heartbeat(Message, frozen=True, tag=10):
     peak_bytes: int
     #: Requests that were taken since the process began: shows use also between two heartbeats.
     requests: int = 0
+    #: Requests that it runs at once for now; and bytes of cache that are promised to requests, of how many (0: any).
+    concurrent_limit: int = 0
+    kv_reserved_bytes: int = 0
+    kv_limit_bytes: int = 0
 
 
 class Dying(Message, frozen=True, tag=11):
@@ -173,7 +177,9 @@ class Catalog(Message, frozen=True, tag=19):
 
 
 class Ping(Message, frozen=True, tag=20):
-    """Renews the lease of its receiver."""
+    """Renews the lease of its receiver. A gateway's brings the document lmx.status/1, with `counters`, as JSON."""
+
+    status: bytes = b""
 
 
 class Assign(Message, frozen=True, tag=21):
@@ -185,11 +191,14 @@ class Assign(Message, frozen=True, tag=21):
 class Relieve(Message, frozen=True, tag=22):
     """To a worker that uses much memory: take no new requests for `close_s` (0: take them), clear caches if `clear`.
 
-    It is said again while it is so: a worker that hears nothing more takes requests when the time is over.
+    Where the machine is short of memory: run at most `slots` requests at once (0: all that are configured) for
+    `slots_s`. It is said again while it is so: a worker that hears nothing more takes requests when the time is over.
     """
 
     close_s: float = 0.0
     clear: bool = False
+    slots: int = 0
+    slots_s: float = 0.0
 
 
 # -- gateway to supervisor --------------------------------------------------------------------------------------

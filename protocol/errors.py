@@ -31,6 +31,7 @@ _ROWS: Final = (
     ErrorSpec("unsupported_parameter", 400, _INVALID, "This server does not support that parameter"),
     ErrorSpec("invalid_config", 400, _INVALID, "The configuration cannot be used"),
     ErrorSpec("context_length_exceeded", 400, _INVALID, "The prompt is longer than the model's context"),
+    ErrorSpec("request_too_large", 400, _INVALID, "The request needs more memory than the model's process has"),
     ErrorSpec("invalid_api_key", 401, "authentication_error", "The API key is missing or wrong"),
     ErrorSpec("forbidden", 403, "permission_error", "That needs another key"),
     ErrorSpec("model_not_found", 404, _INVALID, "No such model is loaded"),
@@ -55,6 +56,7 @@ _ROWS: Final = (
     ErrorSpec("model_quarantined", 503, _SERVER, "The model was set aside after repeated failures", 120),
     ErrorSpec("worker_crashed", 503, _SERVER, "The model's process ended before the answer did", 2),
     ErrorSpec("supervisor_unavailable", 503, _SERVER, "The supervisor does not answer", 5),
+    ErrorSpec("audit_unavailable", 503, _SERVER, "The record of requests cannot be read", 5),
     ErrorSpec("shutting_down", 503, _SERVER, "The server is stopping", 10),
     ErrorSpec("timeout", 504, _SERVER, "The answer took longer than the limit"),
 )

@@ -23,6 +23,8 @@ _LOOK_S: Final = 0.1
 _MAX_BUFFERS: Final = 4 * 1024**3
 _MIN_BUFFERS: Final = 64 * 1024**2
 _BUFFER_SHARE: Final = 0.1
+#: Sequences of `memory.kv_tokens` that a worker may keep beside the one that was reserved, where the machine is large.
+_FULL_BATCH: Final = 7
 
 
 class NoRoomError(Exception):
@@ -72,18 +74,24 @@ class Admission:
             self._budget = ledger.budget(self._host.meter.machine(), self._config)
         kv = account.need - account.prediction.idle if account.prediction is not None else 0
         settled = account.settled + kv if account.settled else 0
-        return ledger.worker_limit(account.need, settled, self._budget, self._config)
+        prediction = account.prediction
+        wish = 0 if prediction is None else _FULL_BATCH * prediction.kv.bytes_for(prediction.tokens)
+        return ledger.worker_limit(account.need, settled, self._budget, self._config, wish)
 
     def limits(self, model: str) -> MemoryLimits:
         """Return what MLX is told to keep to in the next process of a model."""
         config, managed = self._config, self._host.find(model)
         limit = 0 if managed is None else self.limit_of(managed)
         share = min(_MAX_BUFFERS, max(_MIN_BUFFERS, int(limit * _BUFFER_SHARE))) if limit else 0
+        buffers = config.buffer_bytes or share
+        prediction = None if managed is None else managed.account.prediction
+        idle, reserved = (0, 0) if prediction is None else (prediction.idle, prediction.need - prediction.idle)
         return MemoryLimits(
             memory_bytes=max(limit - BASE_BYTES, limit // 2),
-            buffer_bytes=config.buffer_bytes or share,
+            buffer_bytes=buffers,
             clear_above_bytes=config.clear_above_bytes,
             clear_every_s=config.clear_every_s,
+            kv_bytes=ledger.cache_budget(limit, idle, reserved, buffers, config),
         )
 
     async def fit(self, model: str, path: Path) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from supervisor.restarts import gateway_policy
 from supervisor.server import Connection, ControlServer
 from supervisor.store import ChildRecord, Desired, DesiredModel, Runtime, Store
 from supervisor.surroundings import Surroundings
+from supervisor.tally import Tally
 from supervisor.warden import Warden
 from supervisor.watching import Changes
 
@@ -66,7 +67,9 @@ class Daemon:
         self._config = config
         self._announce: Callable[[str, str], None] | None = announce
         self._platform = current_platform()
-        self._journal = Journal(home.state / "events.jsonl")
+        self._journal = Journal(home.journal)
+        self._tally = Tally()
+        self._journal.follow(self._tally.hear)
         self._store = Store(home, self._platform, self._journal.write)
         self._intent = Intent(home, config, self._store, self._journal)
         self._changes = Changes()
@@ -120,7 +123,7 @@ class Daemon:
         loop = asyncio.get_running_loop()
         loop.set_default_executor(ThreadPoolExecutor(1, thread_name_prefix="look"))
         for number in _STOP_SIGNALS:
-            loop.add_signal_handler(number, self._stop, number.name)
+            loop.add_signal_handler(number, self._on_signal, number.name)
         # From a terminal that is closed it means the end; from an operator of a service, that a file has changed.
         if sys.stdin is not None and sys.stdin.isatty():
             loop.add_signal_handler(signal.SIGHUP, self._stop, signal.SIGHUP.name)
@@ -165,6 +168,8 @@ class Daemon:
             now=self._started_at,
             panic=self._panic_since,
         )
+        if not self._before.last_clean_shutdown:
+            self._host.recovery.expect(self._before.loaded_models)
         expected = adoption.living(self._before, self._platform)
         for child in adoption.stale(self._before, self._platform):
             self._journal.write("stale_identity", level="WARNING", model=child.model, slot=child.slot, pid=child.pid)
@@ -276,9 +281,12 @@ class Daemon:
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(self._config.lifecycle.heartbeat_s)
+            vitals = control.Ping()
+            with self._host.guard("vitals"):
+                vitals = control.Ping(msgspec.json.encode({**self._status(), "counters": self._tally.document()}))
             for managed in list(self._host.slots.values()):
                 with self._host.guard("beat"):
-                    managed.tell(control.Ping())
+                    managed.tell(control.Ping() if managed.model else vitals)
                     if managed.foreign and managed.child is not None:
                         self._host.feed(managed, ev.Beat(Phase.IDLE, 0))  # it cannot tell us itself
             if self._host.spare is not None:
@@ -447,8 +455,14 @@ class Daemon:
                 snapshot=self._status(),
             )
         )
+        if self._store.durable:
+            event("runtime_state_saved", level="DEBUG")
 
     # -- stop -----------------------------------------------------------------------------------------------------
+
+    def _on_signal(self, name: str) -> None:
+        event("sigterm_received", signal=name)
+        self._stop(name)
 
     def _stop(self, reason: str) -> None:
         if self._stopping.is_set():

@@ -7,9 +7,10 @@ from typing import Any, Final
 
 from protocol import control
 from protocol.states import ModelState, Phase
-from supervisor import enforcement, ledger
+from supervisor import concurrency, enforcement, ledger
 from supervisor import events as ev
 from supervisor.admission import Admission
+from supervisor.concurrency import Concurrency
 from supervisor.enforcement import Order, Whole
 from supervisor.host import GATEWAY, Host
 from supervisor.managed import Managed
@@ -46,6 +47,7 @@ class Warden:
         self._config = host.config.memory
         self._pace = PaceKeeper(host.journal, history, host.config.worker.module)
         self._whole = Whole()
+        self._concurrency = Concurrency()
         self._machine = host.meter.machine()
         self._pressure: Pressure | None = host.meter.pressure()
         self._weighed_at: dict[str, float] = {}
@@ -139,9 +141,9 @@ class Warden:
             self._changed()
         if order is not Order.NOTHING and found is not None:
             self._obey(managed, order, found, limit, now)
-        if account.watch.closed and now - account.told_at >= _TELL_S:
-            account.told_at = now
-            managed.tell(control.Relieve(_CLOSE_S))
+        slots = self._slots_of(managed)
+        if slots != account.told_slots or ((slots or account.watch.closed) and now - account.told_at >= _TELL_S):
+            self._tell(managed, now)
         if slot.state is ModelState.READY:
             self._pace.look(managed)
             self._settle(managed, now)
@@ -160,12 +162,10 @@ class Warden:
         account.busy = in_flight or (beat.phase in _BUSY and now - account.used_at < _WEIGH_S)
 
     def _obey(self, managed: Managed, order: Order, found: int, limit: int, now: float) -> None:
-        account = managed.account
         share = round(found / limit, 3) if limit else 0.0
         if order in {Order.EASE, Order.ADMIT}:
             closed = order is Order.EASE
-            account.told_at = now
-            managed.tell(control.Relieve(_CLOSE_S if closed else 0.0, clear=closed))
+            self._tell(managed, now, clear=closed)
             self._host.journal.write(
                 "memory_high" if closed else "memory_eased",
                 level="WARNING" if closed else "INFO",
@@ -179,6 +179,18 @@ class Warden:
             self._replace(managed, f"it uses {ledger.gib(found)} of {ledger.gib(limit)}", found, now)
         elif order is Order.END:
             self._end(managed, "memory_limit", f"it used {ledger.gib(found)} of {ledger.gib(limit)}", found)
+
+    def _tell(self, managed: Managed, now: float, *, clear: bool = False) -> None:
+        """Say to a worker what memory allows it."""
+        account = managed.account
+        account.told_at, account.told_slots = now, self._slots_of(managed)
+        close_s = _CLOSE_S if account.watch.closed else 0.0
+        managed.tell(control.Relieve(close_s, clear, account.told_slots, _CLOSE_S if account.told_slots else 0.0))
+
+    def _slots_of(self, managed: Managed) -> int:
+        """Return how many requests a model may run at once, 0 for all that are configured."""
+        found = managed.capabilities
+        return 0 if found is None else concurrency.slots(self._concurrency, found.max_concurrent_requests)
 
     def _replace(self, managed: Managed, why: str, found: int, now: float) -> None:
         account, slot = managed.account, managed.slot
@@ -253,6 +265,7 @@ class Warden:
         self._machine, self._pressure = meter.machine(), meter.pressure()
         used = self._machine.used_share
         self._whole, dire = enforcement.whole(before, used, self._pressure, self._config, now)
+        self._adapt(used, now)
         if self._whole.shedding != before.shedding:
             self._host.journal.write(
                 "load_shedding_on" if self._whole.shedding else "load_shedding_off",
@@ -267,6 +280,15 @@ class Warden:
             self._changed()
         if dire and not self._host.holding:
             self._end_largest(now)
+
+    def _adapt(self, used: float | None, now: float) -> None:
+        before = self._concurrency.share
+        self._concurrency = concurrency.adapt(self._concurrency, used, self._config, now)
+        share = self._concurrency.share
+        if share != before:
+            found = None if used is None else round(used, 3)
+            self._host.journal.write("concurrency_adapted", share=share, used_share=found)
+            self._changed()
 
     def _end_largest(self, now: float) -> None:
         model = ledger.largest(self._admission.uses())
@@ -298,7 +320,10 @@ class Warden:
             "reserve_bytes": None if machine.total is None else ledger.reserve(machine.total, config),
             "free_bytes": ledger.free(machine, self._admission.uses(), config),
             "pressure": None if self._pressure is None else self._pressure.name.lower(),
+            "machine_used_share": None if machine.used_share is None else round(machine.used_share, 4),
+            "shed_share": config.shed,
             "shedding": self._whole.shedding,
+            "concurrency_share": self._concurrency.share,
             "monitored": not self._whole.unmonitored,
         }
 

@@ -13,6 +13,7 @@ from worker.groups import Groups
 from worker.jobs import AT_LENGTH, AT_STOP, GOES_ON, NO_SCORES, NO_TOKEN, Job, Scored, Scores, Token
 from worker.logprobs import Record, Recorder
 from worker.penalties import make_processors
+from worker.prefill import PromptTurns
 from worker.sampling import Samplers, Spread
 from worker.scoring import PromptScorer, Scoring
 
@@ -53,6 +54,7 @@ class BatchBackend:
         self._samplers = Samplers()
         self._scorer = PromptScorer(model, step_tokens=prefill_tokens)
         self._groups = Groups()
+        self._prompts = PromptTurns(prefill_tokens, min(_PREFILL_BATCH, slots))
         self._jobs: dict[int, int] = {}
         self._uids: dict[int, int] = {}
         self._unanswered: set[int] = set()
@@ -78,10 +80,17 @@ class BatchBackend:
         return self._scores
 
     def insert(self, job: Job) -> None:
-        """Queue the job; it joins the batch at the next step that has room, or once its prompt has been processed."""
+        """Queue the job; it begins at a step that has room for its prompt, or once that has been processed."""
         self._alive.add(job.id)
         self._unanswered.add(job.id)
+        if job.scores_prompt:  # has chunks of its own
+            self._begin(job)
+        else:
+            self._prompts.add(job)
+
+    def _begin(self, job: Job) -> None:
         if self._groups.wait(job):
+            self._prompts.drop(job.id)
             return
         cache = None if job.scores_prompt else self._cache_of_living(job)
         if cache is None:
@@ -108,6 +117,9 @@ class BatchBackend:
 
     def step(self) -> list[Token]:
         """Run one decode step of all sequences, then one prefill chunk and one chunk of prompts to be scored."""
+        while (next_job := self._prompts.next(self._groups.shares)) is not None:
+            self._begin(next_job)
+        self._generator.prefill_step_size = self._prompts.chunk()
         prompts, responses = self._generator.next()
         jobs = self._jobs
         tokens = [(jobs[r.uid], r.token, _ENDS[r.finish_reason]) for r in responses]
@@ -117,6 +129,11 @@ class BatchBackend:
         for job, _, end in tokens:
             if end != GOES_ON:
                 self._forget(job)
+        for response in prompts:
+            job_id = jobs.get(response.uid)
+            if job_id is not None:
+                done, total = response.progress
+                self._prompts.progress(job_id, 0 if response.end_of_prompt else total - done)
         if self._leading:
             for response in prompts:
                 if self._leading.get(response.uid) == response.progress[0]:
@@ -170,6 +187,7 @@ class BatchBackend:
         """Forget a job that is over; return the one that has to process their common prompt instead of it."""
         self._alive.remove(job)
         self._unanswered.discard(job)
+        self._prompts.drop(job)
         self._prompt_scores.pop(job, None)
         uid = self._uids.pop(job, None)
         if uid is not None:

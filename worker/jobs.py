@@ -15,6 +15,7 @@ import msgspec
 from protocol.control import Capabilities
 from protocol.data import Submit, TokenLogprob, ToolDelta
 from protocol.errors import LmxError
+from protocol.kvsize import KvShape
 from protocol.states import Phase, WorkerExit
 
 if TYPE_CHECKING:
@@ -59,6 +60,9 @@ class Job(msgspec.Struct, frozen=True, gc=False):
     constraint: "Constraint | None" = None
     #: Jobs with the same number, not 0, have the same prompt and may share its prefill.
     group: int = 0
+    #: Who asked, and how urgent it is: prompts are processed in turns.
+    client: str = ""
+    priority: int = 0
 
     @property
     def scores_prompt(self) -> bool:
@@ -299,6 +303,8 @@ class Loaded(msgspec.Struct, frozen=True):
     time_step: Callable[[], float] = lambda: 0.0
     #: How long `prepare` will take. Called by the IO thread.
     pace: Callable[[Submit], Pace] = lambda _: Pace.QUICK
+    #: What one sequence keeps in memory; nothing where nothing is kept between two steps.
+    cache: KvShape = KvShape()
 
 
 class Status:

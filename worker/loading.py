@@ -13,8 +13,9 @@ import msgspec
 
 from protocol.control import Capabilities
 from protocol.encoder import Encoder
+from protocol.kvsize import kv_shape
 from protocol.logs import event, exception_event
-from protocol.modelfolder import ModelFolder, ModelFolderError, inspect_model_folder
+from protocol.modelfolder import ModelFolder, ModelFolderError, inspect_model_folder, read_config
 from protocol.spec import MemoryLimits, WorkerSpec
 from protocol.states import WorkerExit
 from worker.failures import FatalError, classify, describe
@@ -78,6 +79,7 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
         memory=lambda: (mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory()),
         vocabulary=words,
         relieve=relieve,
+        cache=kv_shape(read_config(folder.path)),
     )
 
 
@@ -97,8 +99,12 @@ def relieve(above_bytes: int) -> None:
 
     kept = mx.get_cache_memory()
     if kept > above_bytes:
-        mx.clear_cache()
-        event("buffers_cleared", buffer_bytes=kept)
+        try:
+            mx.clear_cache()
+        except Exception as error:
+            exception_event("metal_cache_clear_failed", error)
+            raise
+        event("metal_cache_cleared", buffer_bytes=kept)
 
 
 def _load_encoder(spec: WorkerSpec, folder: ModelFolder, encoder: Encoder, report: Report) -> Loaded:

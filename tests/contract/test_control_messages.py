@@ -111,8 +111,8 @@ GOLDEN: tuple[tuple[Any, str], ...] = (
         "930996cd2000ce202fbf0091a46368617420c2cb0000000000000000cb4004000000000000",
     ),
     (
-        Heartbeat(Phase.DECODE, 1234, 0.25, 16, 3, 600_000_000, 1_000, 700_000_000, 99),
-        "9a0aa66465636f6465cd04d2cb3fd00000000000001003ce23c34600cd03e8ce29b9270063",
+        Heartbeat(Phase.DECODE, 1234, 0.25, 16, 3, 600_000_000, 1_000, 700_000_000, 99, 24, 5_000, 9_000),
+        "9d0aa66465636f6465cd04d2cb3fd00000000000001003ce23c34600cd03e8ce29b927006318cd1388cd2328",
     ),
     (
         Dying(87, "Metal ran out of memory"),
@@ -168,7 +168,11 @@ GOLDEN: tuple[tuple[Any, str], ...] = (
     ),
     (
         Ping(),
-        "9114",
+        "9214c400",
+    ),
+    (
+        Ping(b"{}"),
+        "9214c4027b7d",
     ),
     (
         Assign(b"{}"),
@@ -191,8 +195,8 @@ GOLDEN: tuple[tuple[Any, str], ...] = (
         "9521a86f72672f74696e79ac2f6d6f64656c732f74696e79c3cb40ac200000000000",
     ),
     (
-        Relieve(5.0, True),
-        "9316cb4014000000000000c3",
+        Relieve(5.0, True, 4, 5.0),
+        "9516cb4014000000000000c304cb4014000000000000",
     ),
     (
         FitRequest("org/tiny", "/models/tiny"),
