@@ -1,14 +1,20 @@
 """What the door costs a request: the middleware in this process, with and without keys and limits.
 
 .venv/bin/python bench/door.py
+
+And what keys, limits and the record cost all streams together: two LMX with a tiny model, one without any of it and
+one with all, asked in turns. .venv/bin/python bench/door.py --streams 16
 """
 
+import argparse
 import asyncio
+import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, Final
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -16,6 +22,15 @@ from protocol.config import LimitsConfig
 from tests.security.doorkit import PROXIES, DoorKit
 
 ROUNDS, REQUESTS = 15, 400
+BARE: Final = {"LMX_AUDIT__ENABLED": "false"}
+#: Limits that are counted and never reached.
+GUARDED: Final = {
+    "LMX_SECURITY__PROFILE": "lan",
+    "LMX_SECURITY__INFERENCE_KEYS": "required",
+    "LMX_LIMITS__INFERENCE_PER_MINUTE": "1000000",
+    "LMX_LIMITS__TOKENS_PER_MINUTE": "1000000000",
+    "LMX_LIMITS__CONCURRENT_REQUESTS": "1000",
+}
 MANY = LimitsConfig(inference_per_minute=1_000_000, tokens_per_minute=1_000_000_000, concurrent_requests=1000)
 SECURITY: dict[str, Any] = {"profile": "lan", "trusted_proxies": PROXIES}
 
@@ -59,6 +74,43 @@ async def measure(kit: DoorKit, *, key: str, keys: int = 0, door: bool = True) -
     return min(best)
 
 
+def served(streams: int, rounds: int, tokens: int, requests: int) -> None:
+    """Print the table of both, in turns; the first round warms up and does not count."""
+    from bench.overhead import MODEL, Measured, Served, cpu_ms, rate, spread
+    from tests.harness import Lmx
+    from tests.modelkit import make_tiny_model
+
+    work = Path(tempfile.mkdtemp(prefix="lmx-bench-", dir="/tmp"))
+    systems = {"without": Lmx(**BARE), "with": Lmx(**GUARDED)}
+    results: dict[str, list[Measured]] = {name: [] for name in systems}
+    try:
+        folder = make_tiny_model(work / "tiny")
+        contenders = {}
+        for name, lmx in systems.items():
+            lmx.start().load(folder, MODEL)
+            key = lmx.cli("keys", "create", "--name", "bench").stdout.strip() if name == "with" else ""
+            contenders[name] = Served(lmx, key)
+        for number in range(rounds + 1):
+            for name in list(contenders) if number % 2 else list(contenders)[::-1]:
+                measured = contenders[name].measure(streams=streams, tokens=tokens, requests=requests)
+                print(f"round {number}: {name} {rate(measured):.0f} tok/s", file=sys.stderr)
+                results[name] += [measured] if number else []
+    finally:
+        for lmx in systems.values():
+            lmx.close()
+        shutil.rmtree(work, ignore_errors=True)
+    bare, guarded = results.values()
+    ratio = median(map(rate, guarded)) / median(map(rate, bare))
+    pairs = median(rate(b) / rate(a) for a, b in zip(bare, guarded, strict=True))
+    print(f"{streams} streams, {tokens} tokens an answer, {rounds} alternating rounds.\n")
+    print(
+        "| keys, limits, audit | tok/s: median (lowest to highest) | gateway: CPU ms per 1,000 tokens |\n|---|---|---|"
+    )
+    for name, found in results.items():
+        print(f"| {name} | {spread(found, rate)} | {cpu_ms(found, 'gateway'):.1f} |")
+    print(f"\nRatio of the medians {ratio:.3f}, median of the ratios of each round {pairs:.3f}.")
+
+
 async def main() -> None:
     """Print the table."""
     rows = []
@@ -78,4 +130,13 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--streams", type=int, default=0, help="compare two whole systems with so many streams")
+    parser.add_argument("--rounds", type=int, default=8, help="alternating rounds (default: 8)")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of each answer (default: 128)")
+    parser.add_argument("--requests", type=int, default=4, help="requests of a stream in a round (default: 4)")
+    args = parser.parse_args()
+    if args.streams:
+        served(args.streams, args.rounds, args.tokens, args.requests)
+    else:
+        asyncio.run(main())

@@ -86,7 +86,7 @@ class Connection(asyncio.Protocol):
             self._transport.close()
 
 
-def make_request(host: str, model: str, text: str, tokens: int) -> bytes:
+def make_request(host: str, model: str, text: str, tokens: int, key: str = "") -> bytes:
     """Return the bytes of a greedy, streaming chat request."""
     body = {
         "model": model,
@@ -98,10 +98,13 @@ def make_request(host: str, model: str, text: str, tokens: int) -> bytes:
     }
     data = json.dumps(body).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+    head += f"authorization: Bearer {key}\r\n" if key else ""
     return head.encode() + b"content-length: %d\r\n\r\n" % len(data) + data
 
 
-async def run_load(url: str, model: str, *, streams: int, tokens: int, requests: int) -> dict[str, object]:
+async def run_load(
+    url: str, model: str, *, streams: int, tokens: int, requests: int, key: str = ""
+) -> dict[str, object]:
     """Run `streams` streams of `requests` requests each; return what `bench.inprocess` returns, and `events`."""
     place = urlsplit(url)
     host, port = place.hostname or "", place.port or 80
@@ -110,7 +113,7 @@ async def run_load(url: str, model: str, *, streams: int, tokens: int, requests:
 
     async def stream(number: int, connection: Connection) -> list[Served]:
         texts = [question(number, request) for request in range(requests)]
-        return [await connection.ask(make_request(place.netloc, model, text, tokens)) for text in texts]
+        return [await connection.ask(make_request(place.netloc, model, text, tokens, key)) for text in texts]
 
     started = time.perf_counter()
     async with asyncio.timeout(_PATIENCE_S):
@@ -134,8 +137,10 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--requests", type=int, default=1, help="requests of each stream, one after the other")
+    parser.add_argument("--key", default="", help="sent with each request")
     args = parser.parse_args()
-    load = run_load(args.url, args.model, streams=args.streams, tokens=args.tokens, requests=args.requests)
+    asked = {"streams": args.streams, "tokens": args.tokens, "requests": args.requests}
+    load = run_load(args.url, args.model, **asked, key=args.key)
     try:
         print(json.dumps(uvloop.run(load)))
     except (LoadFailedError, OSError, TimeoutError) as error:

@@ -175,8 +175,9 @@ class InProcess(Contender):
 class Served(Contender):
     """LMX, asked by `bench.load` in a process of its own."""
 
-    def __init__(self, lmx: Lmx) -> None:
+    def __init__(self, lmx: Lmx, key: str = "") -> None:
         self._lmx = lmx
+        self._key = key
         self._url = lmx.url
 
     def parts(self) -> dict[str, int]:
@@ -189,6 +190,7 @@ class Served(Contender):
     def run(self, *, streams: int, tokens: int, requests: int) -> Measured:
         command = [sys.executable, "-m", "bench.load", self._url, MODEL]
         command += ["--streams", str(streams), "--tokens", str(tokens), "--requests", str(requests)]
+        command += ["--key", self._key] if self._key else []
         answer: Measured = json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout)
         return answer
 
