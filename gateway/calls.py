@@ -20,12 +20,14 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.bell import Bell
 from gateway.body import BodyReader
-from gateway.call import Call
+from gateway.call import Call, tokens_of
 from gateway.catalog import CatalogView
 from gateway.context import Worked, context_of, header
 from gateway.kinds import check_kind
+from gateway.numbers import Numbers
 from gateway.parameters import ignored_header
 from gateway.pool import WorkerPool
+from gateway.priority import priority_of
 from gateway.requests import Request, RequestState, Rids
 from gateway.traffic import Traffic
 from protocol.config import GatewayConfig
@@ -89,11 +91,14 @@ def _int64(number: int) -> int:
 class Calls:
     """Takes calls. One per application."""
 
-    def __init__(self, config: GatewayConfig, catalog: CatalogView, pool: WorkerPool, traffic: Traffic) -> None:
+    def __init__(
+        self, config: GatewayConfig, catalog: CatalogView, pool: WorkerPool, traffic: Traffic, numbers: Numbers
+    ) -> None:
         self.config = config
         self._catalog = catalog
         self._pool = pool
         self._traffic = traffic
+        self._numbers = numbers
         self._bodies = BodyReader(config.max_body_bytes)
         self._rids = Rids()
 
@@ -141,6 +146,7 @@ class Calls:
         """
         continues = self._continues(scope)
         context = context_of(scope)
+        priority = priority_of(scope, context.access.priority if context.access is not None else 0)
         await self._catalog.arrived()
         found = self._catalog.find(model)
         check_kind(found, asked[0].kind)
@@ -164,7 +170,7 @@ class Calls:
                 deadline_s=timeout_s,
                 trace=context.request_id,
                 client=client,
-                priority=context.access.priority if context.access is not None else 0,
+                priority=priority,
                 group=groups[wanted.group] if wanted.group else 0,
             )
             request = Request(
@@ -193,7 +199,16 @@ class Calls:
             watcher.cancel()
             call.leave()
             context.tokens_used = call.prompt_tokens + sum(len(request.tokens) for request in requests)
+            self._count(call)
             _log(call, streams, time.monotonic())
+
+    def _count(self, call: Call) -> None:
+        numbers = self._numbers.of(call.model.id)
+        for request in call.requests:
+            numbers.ended(request, call.context.started)
+        for prompt in call.prompts:
+            if prompt.accepted or prompt.result is not None:
+                numbers.prompted(*tokens_of(prompt))
 
     def _continues(self, scope: Scope) -> bool:
         """Return whether the client wants its requests to outlive their process."""
