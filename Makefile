@@ -4,7 +4,7 @@
 SHELL = /bin/sh
 ARGS =
 
-.PHONY: help setup run test check fmt rows chaos clients bench perf-gate soak lock clean
+.PHONY: help setup run test check fmt rows smoke chaos clients bench perf-gate soak lock clean
 
 help: ## what there is (the default)
 	@sed -n 's/^\([a-z-]*\):.*## */  make \1	/p' Makefile
@@ -26,6 +26,9 @@ fmt: setup ## format and fix what can be fixed safely
 
 rows: setup ## one test per row of the failure matrix
 	@scripts/test tests/chaos $(ARGS)
+
+smoke: setup ## the production smoke list against an LMX of its own; ARGS="--url URL --admin-key KEY" for a running one
+	@scripts/smoke $(ARGS)
 
 chaos: setup ## the long runs with faults, about 40 minutes
 	@scripts/chaos

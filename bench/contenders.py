@@ -8,7 +8,9 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import msgspec
@@ -119,6 +121,8 @@ class Served(Contender):
 
     #: The name it knows the model by.
     model = _MODEL
+    #: Sent with each request, if it is not empty.
+    key = ""
 
     @property
     def url(self) -> str:
@@ -128,7 +132,8 @@ class Served(Contender):
     def _run(self, workload: Workload) -> Measured:
         given = msgspec.json.encode(workload).decode()
         command = [sys.executable, "-P", "-m", "bench.load", self.url, self.model, given]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        environ = {**os.environ, "LMX_BENCH_KEY": self.key}
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env=environ)
         if done.returncode:
             raise ContenderFailedError(f"{self.name}: the client failed: {done.stderr[-1000:]}")
         measured: Measured = msgspec.json.decode(done.stdout)
@@ -140,9 +145,11 @@ class Lmx(Served):
 
     name = "LMX"
     embeds = True
+    #: `LMX_SECTION__KEY` variables that differ from the defaults.
+    settings: Mapping[str, str] = MappingProxyType({})
 
     def _start(self) -> None:
-        self._host = Host(LMX_WORKER__BLAS_THREADS=str(self._blas_threads)).start()
+        self._host = Host(LMX_WORKER__BLAS_THREADS=str(self._blas_threads), **self.settings).start()
         self._host.load(self._folder, _MODEL)
         self._url = self._host.url
 

@@ -1,5 +1,7 @@
 """Requests over real sockets, from a process of its own: `python -m bench.load URL MODEL WORKLOAD_JSON`.
 
+`LMX_BENCH_KEY` is sent with each request, if it is set.
+
 Each stream is one connection that sends its next request when its last answer has ended. The parsing is as little as a
 client can do, because it runs on the cores of the server that it measures: bytes are collected as they come, their
 times noted, and the rest is read when the answer is complete. Prints one JSON line. What fails is counted, not raised.
@@ -134,7 +136,7 @@ class Connection(asyncio.Protocol):
         self._answer = None
 
 
-def make_request(host: str, model: str, workload: Workload, text: str) -> bytes:
+def make_request(host: str, model: str, workload: Workload, text: str, key: str = "") -> bytes:
     """Return the bytes of a request: greedy and streaming, or for a vector."""
     body: dict[str, object]
     if workload.kind == "embeddings":
@@ -153,6 +155,7 @@ def make_request(host: str, model: str, workload: Workload, text: str) -> bytes:
         )
     data = json.dumps(body).encode()
     head = f"POST /v1/{path} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+    head += f"authorization: Bearer {key}\r\n" if key else ""
     return head.encode() + b"content-length: %d\r\n\r\n" % len(data) + data
 
 
@@ -161,6 +164,7 @@ async def run_load(url: str, model: str, workload: Workload) -> list[Served]:
     place = urlsplit(url)
     host, port = place.hostname or "", place.port or 80
     loop = asyncio.get_running_loop()
+    key = os.environ.get("LMX_BENCH_KEY", "")
 
     async def connect() -> Connection | None:
         try:
@@ -171,7 +175,7 @@ async def run_load(url: str, model: str, workload: Workload) -> list[Served]:
 
     async def stream(number: int) -> list[Served]:
         requests = [
-            make_request(place.netloc, model, workload, prompt(workload, number, request))
+            make_request(place.netloc, model, workload, prompt(workload, number, request), key)
             for request in range(workload.requests)
         ]
         connection = await connect()
