@@ -154,7 +154,7 @@ class ToolDelta(Message, frozen=True):
 
 
 class Delta(Message, frozen=True):
-    """What one request gained in one engine step. `finish` and `usage` are set on its last delta only.
+    """What one request gained in one engine step, or in several. `finish` and `usage` are set on its last delta only.
 
     `text` is of the answer proper; `reasoning` what the model thought, `tool_calls` what it called. Within one delta
     the order is: reasoning, text, tool calls. With `Submit.echo` the first delta begins with the prompt.
@@ -225,10 +225,7 @@ class Accepted(Message, frozen=True, tag=33):
 
 
 class Step(Message, frozen=True, tag=34):
-    """All deltas for one gateway of one engine step, or of several in their order; `step` is the last.
-
-    A request may then have more than one.
-    """
+    """All deltas for one gateway of one engine step, or of several together; `step` is the last of them."""
 
     incarnation: int
     step: int

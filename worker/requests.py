@@ -24,7 +24,7 @@ from protocol.data import (
 from protocol.errors import ERRORS, LmxError
 from protocol.kvsize import KvShape
 from protocol.logs import event, exception_event
-from worker.deltas import end_whole, make_delta
+from worker.deltas import end_whole, join, make_delta
 from worker.entry import Limits, Request, enter
 from worker.jobs import AT_STOP, GOES_ON, Command, Prepared, Remove, Scored, Stepped, Vocabulary
 from worker.room import Room
@@ -164,7 +164,7 @@ class Book:
 
     def on_steps(self, steps: Sequence[Stepped], now: float) -> None:
         """Turn the tokens of engine steps, at least one, into one message per gateway."""
-        deltas: dict[bytes, list[Delta]] = {}
+        deltas: dict[bytes, dict[int, Delta]] = {}
         running = self._running
         for stepped in steps:
             for job, token, end in stepped.tokens:
@@ -178,14 +178,16 @@ class Book:
                     continue
                 scored = stepped.scores.get(job, ()) if stepped.scores else ()
                 delta = self._advance(request, token, end, scored, now)
-                deltas.setdefault(request.gateway, []).append(delta)
+                of_gateway = deltas.setdefault(request.gateway, {})
+                before = of_gateway.get(job)
+                of_gateway[job] = delta if before is None else join(before, delta)
         self._send_deltas(steps[-1].step, deltas)
         if self._waiting:
             self._fill_slots(now)
 
-    def _send_deltas(self, step: int, deltas: dict[bytes, list[Delta]]) -> None:
+    def _send_deltas(self, step: int, deltas: dict[bytes, dict[int, Delta]]) -> None:
         for gateway, of_gateway in deltas.items():
-            self._send(gateway, Step(self._incarnation, step, of_gateway))
+            self._send(gateway, Step(self._incarnation, step, list(of_gateway.values())))
         deltas.clear()
 
     def _advance(self, request: Request, token: int, end: int, scored: Sequence[Scored], now: float) -> Delta:
