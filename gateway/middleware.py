@@ -13,6 +13,7 @@ from gateway.numbers import Numbers
 from gateway.traffic import Traffic
 from protocol.errors import LmxError
 from protocol.logs import event, exception_event
+from protocol.tracing import parse_traceparent, traced
 
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _DOUBLE_SLASHES: Final = re.compile(r"/{2,}")
@@ -36,6 +37,7 @@ class RequestIdMiddleware:
             await self._app(scope, receive, send)
             return
         context = RequestContext(request_id(header(scope, b"x-request-id")), time.monotonic(), connection_of(scope))
+        context.traceparent = parse_traceparent(header(scope, b"traceparent"))
         attach(scope, context)
         status = _CLIENT_GONE_STATUS
 
@@ -45,6 +47,8 @@ class RequestIdMiddleware:
                 status = message["status"]
                 if self._traffic.closing:
                     context.headers.append((b"connection", b"close"))
+                if context.traceparent:
+                    context.headers.append((b"traceparent", context.traceparent.encode("ascii")))
                 message["headers"] = [
                     *message["headers"],
                     *context.headers,
@@ -65,6 +69,7 @@ class RequestIdMiddleware:
                     status=status,
                     ms=round((time.monotonic() - context.started) * 1000, 1),
                     request_id=context.request_id,
+                    **traced(context.traceparent),
                 )
 
 

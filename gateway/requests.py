@@ -176,6 +176,7 @@ class Request:
             echo=submit.echo,
             group=submit.group,
             dimensions=submit.dimensions,
+            traceparent=submit.traceparent,
         )
 
     def submitted(self) -> None:

@@ -21,6 +21,7 @@ from protocol.errors import LmxError
 from protocol.logs import event, exception_event
 from protocol.spec import GatewaySpec
 from protocol.states import WorkerExit
+from protocol.tracing import make_tracer
 
 _LEASE_CHECKS: Final = 20
 _MAX_LEASE_CHECK_S: Final = 1.0
@@ -41,7 +42,9 @@ class Service:
         self._accepting = asyncio.Event()
         self._exit: asyncio.Future[int] = self._loop.create_future()
         self._drains: set[asyncio.Task[None]] = set()
-        app = build_app(spec, Parts(self._catalog, self._pool, self._traffic, self._numbers, self._vitals, self._scene))
+        self._tracer = make_tracer(spec.tracing, "lmx-gateway")
+        parts = Parts(self._catalog, self._pool, self._traffic, self._numbers, self._vitals, self._scene, self._tracer)
+        app = build_app(spec, parts)
         self._server = Server(app, self._accepting.set, spec.security)
         lifecycle = spec.lifecycle
         self._lease = Lease(lifecycle.lease_s, lifecycle.slept_s, self._loop.time())
@@ -79,6 +82,7 @@ class Service:
                 task.cancel()
             await asyncio.gather(control, lease, *self._drains, return_exceptions=True)
             self._pool.close()
+            await asyncio.to_thread(self._tracer.close)
         event("gateway_stopped", code=code)
         return code
 

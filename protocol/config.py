@@ -238,6 +238,17 @@ class LogConfig(_Section, frozen=True):
     level: Literal["TRACE", "DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
 
 
+class TracingConfig(_Section, frozen=True):
+    """Spans of requests (`protocol.tracing`). `traceparent` is passed on whatever this says."""
+
+    #: Nowhere; into the log; to an OpenTelemetry collector, which needs the extra `lmx[otel]`.
+    spans: Literal["none", "log", "otlp"] = "none"
+    #: Of the collector, with its path. Empty: OTEL_EXPORTER_OTLP_ENDPOINT, else http://localhost:4318/v1/traces.
+    endpoint: str = ""
+    #: Share of traces that are kept, of those that begin here.
+    sample: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
+
+
 class Config(_Section, frozen=True):
     """The whole of `lmx.toml`."""
 
@@ -250,3 +261,4 @@ class Config(_Section, frozen=True):
     lifecycle: LifecycleConfig = LifecycleConfig()
     thermal: ThermalConfig = ThermalConfig()
     log: LogConfig = LogConfig()
+    tracing: TracingConfig = TracingConfig()

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import msgspec
 
-from protocol.config import GatewayConfig, LifecycleConfig, LimitsConfig, ModelsConfig, SecurityConfig
+from protocol.config import GatewayConfig, LifecycleConfig, LimitsConfig, ModelsConfig, SecurityConfig, TracingConfig
 
 SpecT = TypeVar("SpecT", bound=msgspec.Struct)
 
@@ -42,6 +42,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     #: Where stdout and stderr belong; a spare, which was started before it had a name, moves there.
     output_file: str = ""
     memory: MemoryLimits = MemoryLimits()
+    tracing: TracingConfig = TracingConfig()
 
 
 class SpareSpec(msgspec.Struct, frozen=True):
@@ -70,6 +71,7 @@ class GatewaySpec(msgspec.Struct, frozen=True):
     admin_digest: str = ""
     #: Where the inference keys are; without it there are none.
     keys_file: str = ""
+    tracing: TracingConfig = TracingConfig()
 
 
 def write_spec(file: Path, spec: msgspec.Struct) -> None:

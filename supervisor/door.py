@@ -8,6 +8,7 @@ from protocol.config_load import BadConfigError
 from protocol.keys import KeyFile, KeyStoreError
 from protocol.paths import Home
 from protocol.profiles import is_loopback, problems
+from protocol.tracing import tracing_problems
 from supervisor.adminkey import admin_digest
 
 
@@ -26,7 +27,7 @@ def check_door(home: Home, config: Config) -> None:
         keys = ()
     now = time.time()
     usable = sum(not key.expired(now) for key in keys)
-    found = problems(config, admin_key=bool(digest), inference_keys=usable)
+    found = problems(config, admin_key=bool(digest), inference_keys=usable) + tracing_problems(config.tracing)
     if config.security.tls_certificate and config.security.tls_key:
         found += _tls_problems(config)
     if found:

@@ -51,6 +51,7 @@ class Launcher:
             limits=config.limits,
             admin_digest=self._admin_digest(),
             keys_file=str(home.keys),
+            tracing=config.tracing,
         )
         write_spec(file, spec)
         output = home.logs / f"{name}.out"
@@ -115,6 +116,7 @@ class Launcher:
             preloaded=self.preload.library if self.preload is not None else "",
             output_file=str(home.logs / f"{name}.out"),
             memory=self.limits(model),
+            tracing=config.tracing,
         )
         write_spec(home.spec(name, incarnation), spec)
         return msgspec.json.encode(spec)
