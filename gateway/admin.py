@@ -1,16 +1,20 @@
 """Every route under `/admin` in one place. The door has let in administrators only; errors are RFC 9457 problems."""
 
+from pathlib import Path
 from typing import Final
 
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Route, WebSocketRoute
 
 from gateway.admin_events import Events
 from gateway.admin_health import AdminHealth
 from gateway.admin_models import Fit, Load, ModelOrder, ModelsStatus, Restart
 from gateway.admin_system import Crash, Crashes, Reload, Resume, Status
+from gateway.audit import Audit
+from gateway.audit_routes import AuditPage, AuditSocket, AuditStream
 from gateway.body import BodyReader
 from gateway.catalog import CatalogView
 from gateway.forward import Forwarder
+from gateway.logs_route import Logs
 from gateway.traffic import Traffic
 from gateway.vitals import VitalsView
 from protocol.control import PinRequest, ResetRequest, UnloadRequest
@@ -19,7 +23,14 @@ from protocol.control import PinRequest, ResetRequest, UnloadRequest
 _MAX_BODY_BYTES: Final = 16 * 1024
 
 
-def admin_routes(forwarder: Forwarder, catalog: CatalogView, traffic: Traffic, vitals: VitalsView) -> list[BaseRoute]:
+def admin_routes(
+    forwarder: Forwarder,
+    catalog: CatalogView,
+    traffic: Traffic,
+    vitals: VitalsView,
+    audit: Audit,
+    logs: Path | None = None,
+) -> list[BaseRoute]:
     """Return the routes. What is added here has its row in docs/admin.md."""
     bodies = BodyReader(_MAX_BODY_BYTES)
     load = Load(forwarder, bodies)
@@ -43,6 +54,10 @@ def admin_routes(forwarder: Forwarder, catalog: CatalogView, traffic: Traffic, v
         Route("/admin/crashes", Crashes(forwarder), methods=["GET"]),
         Route("/admin/crashes/{id}", Crash(forwarder), methods=["GET"]),
         Route("/admin/events", Events(forwarder, traffic), methods=["GET"]),
+        Route("/admin/logs", Logs(logs), methods=["GET"]),
+        Route("/admin/audit", AuditPage(audit), methods=["GET"]),
+        Route("/admin/audit/stream", AuditStream(audit, traffic), methods=["GET"]),
+        WebSocketRoute("/ws/audit-logs", AuditSocket(audit, traffic)),
     ]
 
 

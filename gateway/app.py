@@ -9,10 +9,11 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
 from gateway.admin import admin_routes
+from gateway.audit import Audit
 from gateway.calls import Calls
 from gateway.catalog import CatalogView
 from gateway.chat import ChatCompletions
@@ -49,6 +50,7 @@ class Parts(NamedTuple):
     numbers: Numbers
     vitals: VitalsView
     scene: Callable[[], Scene]
+    audit: Audit
     tracer: Tracer | None = None
 
 
@@ -59,25 +61,28 @@ def build_app(spec: GatewaySpec, parts: Parts) -> ASGIApp:
     calls = Calls(config, catalog, parts.pool, traffic, parts.numbers, parts.tracer)
     # The supervisor's own limit comes first: it knows better words.
     forwarder = Forwarder(Path(spec.control_socket), spec.lifecycle.command_timeout_s + _LONGER_S)
+    logs = Path(spec.log_file).parent if spec.log_file else None
+    routes: list[BaseRoute] = [
+        Route("/chat/completions", ChatCompletions(calls), methods=["POST"]),
+        Route("/completions", Completions(calls), methods=["POST"]),
+        Route("/embeddings", Embeddings(calls), methods=["POST"]),
+        Route("/rerank", Rerank(calls), methods=["POST"]),
+        Route("/tokenize", Tokenize(calls), methods=["POST"]),
+        Route("/detokenize", Detokenize(calls), methods=["POST"]),
+        Route("/models", Models(catalog), methods=["GET"]),
+        Route("/models/{id:path}", Model(catalog), methods=["GET"]),
+        Route("/openapi.json", OpenApi(), methods=["GET"]),
+        Route("/healthz", Healthz(), methods=["GET"]),
+        Route("/readyz", Readyz(catalog, traffic, parts.vitals), methods=["GET"]),
+        Route("/metrics", Metrics(parts.scene), methods=["GET"]),
+        *admin_routes(forwarder, catalog, traffic, parts.vitals, parts.audit, logs),
+    ]
+    paths = frozenset(path for route in routes if "{" not in (path := getattr(route, "path", "{")))
     app = Starlette(
-        routes=[
-            Route("/chat/completions", ChatCompletions(calls), methods=["POST"]),
-            Route("/completions", Completions(calls), methods=["POST"]),
-            Route("/embeddings", Embeddings(calls), methods=["POST"]),
-            Route("/rerank", Rerank(calls), methods=["POST"]),
-            Route("/tokenize", Tokenize(calls), methods=["POST"]),
-            Route("/detokenize", Detokenize(calls), methods=["POST"]),
-            Route("/models", Models(catalog), methods=["GET"]),
-            Route("/models/{id:path}", Model(catalog), methods=["GET"]),
-            Route("/openapi.json", OpenApi(), methods=["GET"]),
-            Route("/healthz", Healthz(), methods=["GET"]),
-            Route("/readyz", Readyz(catalog, traffic, parts.vitals), methods=["GET"]),
-            Route("/metrics", Metrics(parts.scene), methods=["GET"]),
-            *admin_routes(forwarder, catalog, traffic, parts.vitals),
-        ],
+        routes=routes,
         # The first is the outermost. `add_middleware` would insert in front.
         middleware=[
-            Middleware(RequestIdMiddleware, traffic=traffic, numbers=parts.numbers),
+            Middleware(RequestIdMiddleware, traffic=traffic, numbers=parts.numbers, audit=parts.audit, paths=paths),
             Middleware(PathMiddleware),
             *outer,
             Middleware(ErrorBoundary),

@@ -134,8 +134,10 @@ class Door:
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await self._checked({**scope, "method": "GET", "path": canonical_path(scope["path"])}, [])
-        except LmxError:
+            visit = await self._checked({**scope, "method": "GET", "path": canonical_path(scope["path"])}, [])
+            context_of(scope).access = visit.access
+        except LmxError as error:
+            context_of(scope).error_code = error.code
             await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
         else:
             await self._app(scope, receive, send)
@@ -154,6 +156,7 @@ class Door:
     async def _admit(self, scope: Scope, headers: Headers) -> _Visit:
         self._check_peer(scope)
         address = client_name(client_address(scope, self._rules.proxies))
+        context_of(scope).address = address
         credential = credential_of(scope)
         if is_admin_path(scope["path"]):
             try:

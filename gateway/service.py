@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from gateway.app import Parts, build_app
+from gateway.audit import Audit
+from gateway.audit_store import AuditStore
 from gateway.catalog import CatalogView
 from gateway.control import ControlClient, Lease
 from gateway.exposition import Scene
@@ -25,6 +27,8 @@ from protocol.tracing import make_tracer
 
 _LEASE_CHECKS: Final = 20
 _MAX_LEASE_CHECK_S: Final = 1.0
+#: Last rows are on their way to a file that somebody may have locked.
+_AUDIT_CLOSE_S: Final = 2.0
 
 
 class Service:
@@ -43,7 +47,10 @@ class Service:
         self._exit: asyncio.Future[int] = self._loop.create_future()
         self._drains: set[asyncio.Task[None]] = set()
         self._tracer = make_tracer(spec.tracing, "lmx-gateway")
-        parts = Parts(self._catalog, self._pool, self._traffic, self._numbers, self._vitals, self._scene, self._tracer)
+        store = AuditStore(Path(spec.audit_file), spec.audit) if spec.audit_file else None
+        self._audit = Audit(store)
+        scene, numbers = self._scene, self._numbers
+        parts = Parts(self._catalog, self._pool, self._traffic, numbers, self._vitals, scene, self._audit, self._tracer)
         app = build_app(spec, parts)
         self._server = Server(app, self._accepting.set, spec.security)
         lifecycle = spec.lifecycle
@@ -68,6 +75,7 @@ class Service:
         serving = asyncio.create_task(self._server.serve(sockets=[self._listener]), name="serving")
         control = asyncio.create_task(self._control.run(), name="control")
         lease = asyncio.create_task(self._watch_lease(), name="lease")
+        self._audit.start()
         event("gateway_started", incarnation=self._spec.incarnation)
         try:
             running: list[asyncio.Future[Any]] = [serving, control, lease, self._exit]
@@ -82,6 +90,7 @@ class Service:
                 task.cancel()
             await asyncio.gather(control, lease, *self._drains, return_exceptions=True)
             self._pool.close()
+            self._audit.close(_AUDIT_CLOSE_S)
             await asyncio.to_thread(self._tracer.close)
         event("gateway_stopped", code=code)
         return code
@@ -119,6 +128,7 @@ class Service:
 
     def _on_signal(self) -> None:
         """Drain on the first signal, end on the second."""
+        event("sigterm_received")
         if self._traffic.draining:
             self._end(WorkerExit.ASKED)
         else:

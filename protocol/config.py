@@ -219,6 +219,16 @@ class LifecycleConfig(_Section, frozen=True):
     command_timeout_s: Seconds = 900.0
 
 
+class AuditConfig(_Section, frozen=True):
+    """The record of requests in `$LMX_HOME/audit.db`."""
+
+    enabled: bool = True
+    #: Older rows are deleted.
+    retention_days: Annotated[float, msgspec.Meta(gt=0, le=3650)] = 30.0
+    #: The oldest beyond this number are deleted too, some 300 bytes each; 0 keeps all.
+    max_rows: Annotated[int, msgspec.Meta(ge=0)] = 5_000_000
+
+
 class ThermalConfig(_Section, frozen=True):
     """Temperature and clock of the GPU, from `macmon` if it is installed."""
 
@@ -259,6 +269,7 @@ class Config(_Section, frozen=True):
     worker: WorkerConfig = WorkerConfig()
     memory: MemoryConfig = MemoryConfig()
     lifecycle: LifecycleConfig = LifecycleConfig()
+    audit: AuditConfig = AuditConfig()
     thermal: ThermalConfig = ThermalConfig()
     log: LogConfig = LogConfig()
     tracing: TracingConfig = TracingConfig()

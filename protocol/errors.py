@@ -56,6 +56,7 @@ _ROWS: Final = (
     ErrorSpec("model_quarantined", 503, _SERVER, "The model was set aside after repeated failures", 120),
     ErrorSpec("worker_crashed", 503, _SERVER, "The model's process ended before the answer did", 2),
     ErrorSpec("supervisor_unavailable", 503, _SERVER, "The supervisor does not answer", 5),
+    ErrorSpec("audit_unavailable", 503, _SERVER, "The record of requests cannot be read", 5),
     ErrorSpec("shutting_down", 503, _SERVER, "The server is stopping", 10),
     ErrorSpec("timeout", 504, _SERVER, "The answer took longer than the limit"),
 )

@@ -5,7 +5,15 @@ from typing import TypeVar
 
 import msgspec
 
-from protocol.config import GatewayConfig, LifecycleConfig, LimitsConfig, ModelsConfig, SecurityConfig, TracingConfig
+from protocol.config import (
+    AuditConfig,
+    GatewayConfig,
+    LifecycleConfig,
+    LimitsConfig,
+    ModelsConfig,
+    SecurityConfig,
+    TracingConfig,
+)
 
 SpecT = TypeVar("SpecT", bound=msgspec.Struct)
 
@@ -71,6 +79,9 @@ class GatewaySpec(msgspec.Struct, frozen=True):
     admin_digest: str = ""
     #: Where the inference keys are; without it there are none.
     keys_file: str = ""
+    audit: AuditConfig = AuditConfig()
+    #: Where requests are noted; without it they are not.
+    audit_file: str = ""
     tracing: TracingConfig = TracingConfig()
 
 

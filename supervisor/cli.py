@@ -15,6 +15,7 @@ from protocol import __version__, control
 from protocol.messages import Message
 from protocol.paths import Home, UnsafeHomeError, default_home, expanded
 from protocol.states import CliExit
+from supervisor.cli_audit import audit
 from supervisor.cli_keys import keys
 from supervisor.client import Client, UnreachableError, WaitedTooLongError
 
@@ -66,6 +67,7 @@ def cli(context: click.Context, home: Path | None) -> None:
 
 
 cli.add_command(keys)
+cli.add_command(audit)
 
 
 @cli.command()

@@ -67,7 +67,7 @@ class Daemon:
         self._config = config
         self._announce: Callable[[str, str], None] | None = announce
         self._platform = current_platform()
-        self._journal = Journal(home.state / "events.jsonl")
+        self._journal = Journal(home.journal)
         self._tally = Tally()
         self._journal.follow(self._tally.hear)
         self._store = Store(home, self._platform, self._journal.write)
@@ -123,7 +123,7 @@ class Daemon:
         loop = asyncio.get_running_loop()
         loop.set_default_executor(ThreadPoolExecutor(1, thread_name_prefix="look"))
         for number in _STOP_SIGNALS:
-            loop.add_signal_handler(number, self._stop, number.name)
+            loop.add_signal_handler(number, self._on_signal, number.name)
         # From a terminal that is closed it means the end; from an operator of a service, that a file has changed.
         if sys.stdin is not None and sys.stdin.isatty():
             loop.add_signal_handler(signal.SIGHUP, self._stop, signal.SIGHUP.name)
@@ -168,6 +168,8 @@ class Daemon:
             now=self._started_at,
             panic=self._panic_since,
         )
+        if not self._before.last_clean_shutdown:
+            self._host.recovery.expect(self._before.loaded_models)
         expected = adoption.living(self._before, self._platform)
         for child in adoption.stale(self._before, self._platform):
             self._journal.write("stale_identity", level="WARNING", model=child.model, slot=child.slot, pid=child.pid)
@@ -453,8 +455,14 @@ class Daemon:
                 snapshot=self._status(),
             )
         )
+        if self._store.durable:
+            event("runtime_state_saved", level="DEBUG")
 
     # -- stop -----------------------------------------------------------------------------------------------------
+
+    def _on_signal(self, name: str) -> None:
+        event("sigterm_received", signal=name)
+        self._stop(name)
 
     def _stop(self, reason: str) -> None:
         if self._stopping.is_set():

@@ -255,6 +255,7 @@ class IoThread:
         while self._events:
             self._on_event(self._events.popleft(), now)
         if arrived & _ENDING_SIGNALS and not self._done:
+            event("sigterm_received")
             self._end(WorkerExit.ASKED, "signal", now)
 
     def _on_event(self, happened: Event, now: float) -> None:
@@ -297,6 +298,9 @@ class IoThread:
         self._relief.apply(book, now)
         if self._report.draining:
             book.close_admission(_going_away(), now)
+        memory = self._spec.memory
+        every, above = memory.clear_every_s, memory.clear_above_bytes
+        event("metal_cache_maintenance_enabled", every_s=every, above_bytes=above)
         event("worker_ready", load_s=round(serving.load_s, 3), weight_bytes=loaded.capabilities.weight_bytes)
         self._control.send(self._report.on_serving(serving))
         self._heartbeat()

@@ -99,8 +99,12 @@ def relieve(above_bytes: int) -> None:
 
     kept = mx.get_cache_memory()
     if kept > above_bytes:
-        mx.clear_cache()
-        event("buffers_cleared", buffer_bytes=kept)
+        try:
+            mx.clear_cache()
+        except Exception as error:
+            exception_event("metal_cache_clear_failed", error)
+            raise
+        event("metal_cache_cleared", buffer_bytes=kept)
 
 
 def _load_encoder(spec: WorkerSpec, folder: ModelFolder, encoder: Encoder, report: Report) -> Loaded:

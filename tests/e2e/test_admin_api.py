@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from gateway.admin import admin_routes
+from gateway.audit import Audit
 from gateway.catalog import CatalogView
 from gateway.forward import Forwarder
 from gateway.traffic import Traffic
@@ -150,7 +151,7 @@ def test_what_cannot_be_done_is_a_problem_in_words_and_never_a_500(admin: Admin)
 
 def routes() -> list[tuple[str, str]]:
     """The method and path of every admin route there is."""
-    found = admin_routes(Forwarder(Path("/nowhere"), 1), CatalogView(), Traffic(), VitalsView())
+    found = admin_routes(Forwarder(Path("/nowhere"), 1), CatalogView(), Traffic(), VitalsView(), Audit(None))
     return [(m, getattr(route, "path", "")) for route in found for m in getattr(route, "methods", ()) if m != "HEAD"]
 
 

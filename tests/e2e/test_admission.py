@@ -1,5 +1,6 @@
 """Admission with real processes: memory promised before the prompt, slots that follow the machine's memory."""
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -116,3 +117,41 @@ def test_fewer_requests_run_at_once_while_the_machine_is_short_of_memory(
     for call in calls:
         assert call.wait().whole
     lmx.wait_status(lambda doc: doc["models"][0]["concurrent_limit"] == 8, within_s=40)
+
+
+async def test_a_polite_client_gets_its_turn_beside_a_hundred_requests_of_a_greedy_one(
+    new_lmx: Callable[..., Lmx], tiny_model: Path
+) -> None:
+    settings = {
+        "LMX_MODELS__MAX_CONCURRENT_REQUESTS": "2",
+        "LMX_WORKER__MODULE": "tests.fault",
+        "LMX_FAULT": json.dumps({"tokens_per_s": 40, "answer_tokens": 1000}),
+        "LMX_LIFECYCLE__HEARTBEAT_S": "0.2",
+    }
+    lmx = new_lmx(**settings).start()
+    lmx.load(tiny_model, "counts")
+    keys = {}
+    for name, more in (("greedy", ()), ("polite", ()), ("vip", ("--priority", "5"))):
+        keys[name] = json.loads(lmx.cli("keys", "create", "--name", name, "--json", *more).stdout)["key"]
+    served: list[str] = []
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=lmx.url, timeout=60, limits=limits) as http:
+
+        async def ask(name: str, **headers: str) -> int:
+            body = chat("counts", max_tokens=20, stream=False)
+            headers["Authorization"] = f"Bearer {keys[name]}"
+            answer = await http.post("/v1/chat/completions", json=body, headers=headers)
+            served.append(name)
+            return answer.status_code
+
+        greedy = [asyncio.create_task(ask("greedy")) for _ in range(100)]
+        await asyncio.to_thread(lmx.wait_status, lambda doc: (doc["models"][0]["waiting"] or 0) > 50)
+        assert await ask("greedy", **{"X-LMX-Priority": "high"}) == 403
+        before = len(served)
+        found = await asyncio.gather(ask("polite"), ask("vip", **{"X-LMX-Priority": "high"}))
+        assert found == [200, 200]
+        # What ran has to end, and each slot may have gone to another once before.
+        assert served[before:].count("greedy") <= 6, "its turn came, not its place in one line"
+        for task in greedy:
+            task.cancel()
+        await asyncio.gather(*greedy, return_exceptions=True)
