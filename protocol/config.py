@@ -73,6 +73,15 @@ class SecurityConfig(_Section, frozen=True):
     cors_origins: Names = ("auto",)
     #: Networks (CIDR) of proxies whose `X-Forwarded-For` counts.
     trusted_proxies: Names = ()
+    #: JSON Web Tokens of an identity provider (extra `lmx[jwt]`): all three, or none. `jwt_keys` is its JWKS: a file or
+    #: an https address.
+    jwt_issuer: str = ""
+    jwt_audience: str = ""
+    jwt_keys: str = ""
+    jwt_algorithms: Names = ("RS256", "ES256")
+    #: A scope that a token must have to be let in, and one that makes its bearer an administrator; empty: none.
+    jwt_scope: str = ""
+    jwt_admin_scope: str = ""
     #: PEM files; with both the gateway speaks TLS.
     tls_certificate: str = ""
     tls_key: str = ""

@@ -14,7 +14,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("protocol", "gateway", "worker", "supervisor")
 #: Of the extras, imported only where they are asked for.
-OPTIONAL = {"opentelemetry", "jwt", "cryptography"}
+OPTIONAL = {"opentelemetry"}
 MLX = {"mlx", "mlx_lm"}
 HTTP = {"http", "starlette", "uvicorn", "httpx", "aiohttp", "requests"}
 

@@ -55,7 +55,7 @@ from protocol.config import TracingConfig
 from protocol.tracing import make_tracer
 for spans in ("none", "log"):
     make_tracer(TracingConfig(spans=spans), "lmx-gateway")
-print(*sorted({"opentelemetry", "requests", "google"} & set(sys.modules)))
+print(*sorted({"opentelemetry", "requests", "google", "jwt", "cryptography", "prometheus_client"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
