@@ -1,16 +1,13 @@
 """What the door costs a request: the middleware in this process, with and without keys and limits.
 
-.venv/bin/python bench/door.py
+.venv/bin/python -m bench.door
 """
 
 import asyncio
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from protocol.config import LimitsConfig
 from tests.security.doorkit import PROXIES, DoorKit
@@ -38,7 +35,10 @@ async def measure(kit: DoorKit, *, key: str, keys: int = 0, door: bool = True) -
     async def inner(_scope: Any, receive: Any, _send: Any) -> None:
         await receive()
 
-    app = kit.door.cls(inner, **kit.door.kwargs) if door else inner
+    app: Any = inner
+    if door:
+        outermost: Any = kit.door.cls
+        app = outermost(inner, **kit.door.kwargs)
 
     from gateway.context import RequestContext, attach
     from gateway.hosts import HostGuard

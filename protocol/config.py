@@ -111,6 +111,8 @@ class ModelsConfig(_Section, frozen=True):
     slot_timeout_s: Annotated[float, msgspec.Meta(ge=0.05, le=300)] = 30.0
     #: Tokens of all prompts together that are processed between two decode steps.
     prefill_step_tokens: Annotated[int, msgspec.Meta(ge=16, le=65536)] = 512
+    #: Tokens generated within so long of those sent last go out together; 0 sends those of each step.
+    gather_s: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.008
 
 
 class WorkerConfig(_Section, frozen=True):

@@ -227,7 +227,10 @@ class Accepted(Message, frozen=True, tag=33):
 
 
 class Step(Message, frozen=True, tag=34):
-    """All deltas of one engine step for one gateway."""
+    """All deltas for one gateway of one engine step, or of several in their order; `step` is the last.
+
+    A request may then have more than one.
+    """
 
     incarnation: int
     step: int

@@ -166,25 +166,31 @@ class Book:
 
     # -- what the engine says ---------------------------------------------------------------------------------
 
-    def on_step(self, stepped: Stepped, now: float) -> None:
-        """Turn the tokens of one engine step into one message per gateway."""
+    def on_steps(self, steps: Sequence[Stepped], now: float) -> None:
+        """Turn the tokens of engine steps, at least one, into one message per gateway."""
         deltas: dict[bytes, list[Delta]] = {}
         running = self._running
-        for job, token, end in stepped.tokens:
-            request = running.get(job)
-            if request is None:  # removed while this step ran
-                continue
-            failed = request.answer.failed if end == AT_STOP else None
-            if failed is not None:
-                self._end(job, failed, now)
-                continue
-            scored = stepped.scores.get(job, ()) if stepped.scores else ()
-            delta = self._advance(request, token, end, scored, now)
-            deltas.setdefault(request.gateway, []).append(delta)
-        for gateway, of_gateway in deltas.items():
-            self._send(gateway, Step(self._incarnation, stepped.step, of_gateway))
+        for stepped in steps:
+            for job, token, end in stepped.tokens:
+                request = running.get(job)
+                if request is None:  # removed while this step ran
+                    continue
+                failed = request.answer.failed if end == AT_STOP else None
+                if failed is not None:
+                    self._send_deltas(stepped.step, deltas)  # what it said before comes before
+                    self._end(job, failed, now)
+                    continue
+                scored = stepped.scores.get(job, ()) if stepped.scores else ()
+                delta = self._advance(request, token, end, scored, now)
+                deltas.setdefault(request.gateway, []).append(delta)
+        self._send_deltas(steps[-1].step, deltas)
         if self._waiting:
             self._fill_slots(now)
+
+    def _send_deltas(self, step: int, deltas: dict[bytes, list[Delta]]) -> None:
+        for gateway, of_gateway in deltas.items():
+            self._send(gateway, Step(self._incarnation, step, of_gateway))
+        deltas.clear()
 
     def _advance(self, request: Request, token: int, end: int, scored: Sequence[Scored], now: float) -> Delta:
         delta = make_delta(request, token, end, scored, self._vocabulary)

@@ -78,7 +78,7 @@ class Desk:
         scores = [Scored(ord(one), -1.0 if at else None, []) for at, one in enumerate(prompt)]
         if letter:
             scores.append(Scored(token, -2.0, []))
-        self.book.on_step(Stepped(5, [(job.id, token, end)], {job.id: scores} if scored else {}), 1.0)
+        self.book.on_steps([Stepped(5, [(job.id, token, end)], {job.id: scores} if scored else {})], 1.0)
         (delta,) = self.sent[-1].deltas
         assert isinstance(delta, Delta)
         return delta

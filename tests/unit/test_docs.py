@@ -354,8 +354,8 @@ def test_the_readme_uses_the_default_port_and_model() -> None:
 
 
 def test_make_targets_that_are_named_exist() -> None:
-    targets = set(re.findall(r"^([a-z]+):", page("Makefile"), re.MULTILINE))
-    spans = [span for name in PAGES for span in re.findall(r"`(make [a-z]+)", page(name))]
+    targets = set(re.findall(r"^([a-z-]+):", page("Makefile"), re.MULTILINE))
+    spans = [span for name in PAGES for span in re.findall(r"`(make [a-z][a-z-]*)", page(name))]
     assert {span.removeprefix("make ") for span in spans} <= targets
     assert {"run", "test", "setup"} <= targets
 
