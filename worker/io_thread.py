@@ -18,6 +18,7 @@ from protocol.logs import event
 from protocol.spec import WorkerSpec
 from protocol.standstill import Standstill
 from protocol.states import WorkerExit
+from protocol.tracing import make_tracer
 from worker import jobs as engine
 from worker.control import ControlClient
 from worker.entry import Limits
@@ -77,6 +78,8 @@ class IoThread:
         self._end_by = NEVER
         self._clear_at = now + spec.memory.clear_every_s
         self._relief = Relief()
+        # Here, before anybody waits for a heartbeat: the import takes half a second where spans are wanted.
+        self._tracer = make_tracer(spec.tracing, "lmx-worker")
         self._exit_code = WorkerExit.ASKED
         self._done = False
 
@@ -279,6 +282,7 @@ class IoThread:
             send=self._link.send,
             command=self._commands.put,
             room=Room(loaded.cache, self._spec.memory.kv_bytes),
+            tracer=self._tracer,
         )
         self._book = self._inbound.book = book
         self._relief.apply(book, now)
@@ -350,6 +354,7 @@ class IoThread:
     def _close(self) -> None:
         self._link.close(_FLUSH_S)
         self._control.finish(_FLUSH_S / 2)
+        self._tracer.close()
         self._done = True
 
 

@@ -312,7 +312,7 @@ def test_every_dependency_has_a_line_with_its_reason() -> None:
     project = tomllib.loads(page("pyproject.toml"))["project"]
     wanted = {
         re.split(r"[^a-z0-9-]", requirement.lower())[0]
-        for requirement in [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+        for requirement in [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
     }
     documented = {
         code(name): cells[1:]
