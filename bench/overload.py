@@ -3,7 +3,7 @@
 First the capacity is measured: as many streams as there are slots, each asking again when its answer is complete. Then
 requests arrive at ten times that rate for a minute, whatever becomes of the earlier ones, each on a connection of its
 own. Every one of them must end: with its whole answer, or with 429 or 503 within the time for a slot. The table goes
-to stdout, progress to stderr. `python bench/overload.py --help`.
+to stdout, progress to stderr. `python -m bench.overload --help`.
 """
 
 import argparse
@@ -18,7 +18,8 @@ from statistics import median
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
-from bench.load import make_request, question, run_load
+from bench.load import make_request, run_load
+from bench.workloads import Workload, prompt
 from tests.harness import Lmx
 from tests.modelkit import make_tiny_model
 
@@ -44,8 +45,11 @@ class Crowd:
 
     def __init__(self, url: str, tokens: int) -> None:
         self._place = urlsplit(url)
-        self._tokens = tokens
+        self._workload = Workload("overload", 1, tokens)
         self.endings: list[Ending] = []
+
+    def _request(self, number: int) -> bytes:
+        return make_request(self._place.netloc, MODEL, self._workload, prompt(self._workload, number, 0))
 
     async def ask(self, number: int) -> None:
         began = time.perf_counter()
@@ -53,7 +57,7 @@ class Crowd:
         try:
             async with asyncio.timeout(_PATIENCE_S):
                 reader, writer = await asyncio.open_connection(self._place.hostname, self._place.port)
-                writer.write(make_request(self._place.netloc, MODEL, question(number, 0), self._tokens))
+                writer.write(self._request(number))
                 status = int((await reader.readuntil(b"\r\n\r\n")).split()[1])
                 head_s = time.perf_counter() - began
                 tail = b""
@@ -70,7 +74,8 @@ class Crowd:
 
 async def overload(lmx: Lmx, rate: float, seconds: float, tokens: int) -> tuple[list[Ending], list[int]]:
     """Send requests at a rate for so long; return how they ended, and the gateway's bytes once a second."""
-    crowd, memory = Crowd(lmx.url, tokens), []
+    crowd = Crowd(lmx.url, tokens)
+    memory: list[int] = []
     watching = asyncio.create_task(_watch(lmx, memory))
     began = time.perf_counter()
     try:
@@ -144,10 +149,10 @@ def main() -> int:
         lmx.start()
         lmx.load(folder, MODEL)
         sys.stderr.write("capacity\n")
-        asyncio.run(run_load(lmx.url, MODEL, streams=args.slots, tokens=args.tokens, requests=1))
+        asyncio.run(run_load(lmx.url, MODEL, Workload("warm-up", args.slots, args.tokens)))
         began, requests = time.perf_counter(), 0
         while time.perf_counter() - began < _CAPACITY_S:
-            asyncio.run(run_load(lmx.url, MODEL, streams=args.slots, tokens=args.tokens, requests=2))
+            asyncio.run(run_load(lmx.url, MODEL, Workload("capacity", args.slots, args.tokens, 2)))
             requests += 2 * args.slots
         capacity = requests / (time.perf_counter() - began)
         rate = capacity * args.factor
