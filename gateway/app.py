@@ -31,7 +31,7 @@ def build_app(spec: GatewaySpec, catalog: CatalogView, pool: WorkerPool, traffic
     """Return the ASGI application. Paths are written without `/v1`; `PathMiddleware` accepts both."""
     config = spec.gateway
     outer, door = front_door(spec)
-    calls = Calls(config, catalog, pool, traffic)
+    calls = Calls(config, catalog, pool, traffic, isolate_prefixes=spec.security.isolate_prefixes)
     app = Starlette(
         routes=[
             Route("/chat/completions", ChatCompletions(calls), methods=["POST"]),

@@ -89,8 +89,18 @@ def _int64(number: int) -> int:
 class Calls:
     """Takes calls. One per application."""
 
-    def __init__(self, config: GatewayConfig, catalog: CatalogView, pool: WorkerPool, traffic: Traffic) -> None:
+    def __init__(
+        self,
+        config: GatewayConfig,
+        catalog: CatalogView,
+        pool: WorkerPool,
+        traffic: Traffic,
+        *,
+        isolate_prefixes: bool = False,
+    ) -> None:
+        """`isolate_prefixes`: requests of different clients share no cached prefix."""
         self.config = config
+        self._isolate = isolate_prefixes
         self._catalog = catalog
         self._pool = pool
         self._traffic = traffic
@@ -166,6 +176,7 @@ class Calls:
                 client=client,
                 priority=context.access.priority if context.access is not None else 0,
                 group=groups[wanted.group] if wanted.group else 0,
+                salt=client if self._isolate else "",
             )
             request = Request(
                 found.id,

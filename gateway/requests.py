@@ -175,6 +175,7 @@ class Request:
             echo=submit.echo,
             group=submit.group,
             dimensions=submit.dimensions,
+            salt=submit.salt,
         )
 
     def submitted(self) -> None:

@@ -203,6 +203,8 @@ class Submit(Message, frozen=True, tag=1):
     group: int = 0
     #: Length of the embeddings, 0 for the model's own.
     dimensions: int = 0
+    #: Requests with different ones share no cached prefix; never a key.
+    salt: str = ""
 
 
 class Abort(Message, frozen=True, tag=2):

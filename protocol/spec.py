@@ -18,6 +18,8 @@ class MemoryLimits(msgspec.Struct, frozen=True):
     buffer_bytes: int = 0
     clear_above_bytes: int = 256 * 1024 * 1024
     clear_every_s: float = 300.0
+    #: What may be kept of earlier prompts; 0 keeps nothing.
+    prefix_bytes: int = 0
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
@@ -40,6 +42,9 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     #: Where stdout and stderr belong; a spare, which was started before it had a name, moves there.
     output_file: str = ""
     memory: MemoryLimits = MemoryLimits()
+    #: Where prefixes outlive the process, and how many bytes those of all models may take there; "" is nowhere.
+    prefix_folder: str = ""
+    prefix_disk_bytes: int = 0
 
 
 class SpareSpec(msgspec.Struct, frozen=True):

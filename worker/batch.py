@@ -13,11 +13,14 @@ from worker.groups import Groups
 from worker.jobs import AT_LENGTH, AT_STOP, GOES_ON, NO_SCORES, NO_TOKEN, Job, Scored, Scores, Token
 from worker.logprobs import Record, Recorder
 from worker.penalties import make_processors
+from worker.prefixes import Prefixes, Search
 from worker.sampling import Samplers, Spread
 from worker.scoring import PromptScorer, Scoring
 
 #: Prompts whose chunks are processed together. More makes one chunk, and so the wait of the others, longer.
 _PREFILL_BATCH: Final = 8
+#: An engine with nothing else to do waits so long at a time for what is being read.
+_READ_WAIT_S: Final = 0.02
 _ENDS: Final = {None: GOES_ON, "stop": AT_STOP, "length": AT_LENGTH}
 
 
@@ -39,7 +42,16 @@ class BatchBackend:
     A job is in the scorer, in a group waiting for another's cache, or in the generator, where it has a uid.
     """
 
-    def __init__(self, model: Any, eos: Iterable[int], *, slots: int, prefill_tokens: int, plain: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        eos: Iterable[int],
+        *,
+        slots: int,
+        prefill_tokens: int,
+        plain: bool = False,
+        prefixes: Prefixes | None = None,
+    ) -> None:
         """`plain` keeps mlx-lm's own batch, which is slower: what `worker.lean` is tested against."""
         neutralise_wired_limit()
         self._generator = BatchGenerator(
@@ -63,6 +75,9 @@ class BatchBackend:
         #: All jobs, whatever their stage.
         self._alive: set[int] = set()
         self._scores: Scores = NO_SCORES
+        self._prefixes = prefixes
+        #: Jobs whose prefix is being read, and whether each leads a group.
+        self._searching: dict[int, tuple[Job, Search, bool]] = {}
 
     def __len__(self) -> int:
         return len(self._alive)
@@ -89,7 +104,7 @@ class BatchBackend:
             self._start(job, leads=leads)
         else:
             self._groups.follow(job)
-            self._enter(job, cache)
+            self._enter(job, cache, len(job.prompt) - 1)
 
     def remove(self, jobs: Sequence[int]) -> None:
         """Take jobs out at any stage: not started, in prefill, in decode."""
@@ -108,6 +123,8 @@ class BatchBackend:
 
     def step(self) -> list[Token]:
         """Run one decode step of all sequences, then one prefill chunk and one chunk of prompts to be scored."""
+        if self._prefixes is not None:
+            self._take_in(self._prefixes)
         prompts, responses = self._generator.next()
         jobs = self._jobs
         tokens = [(jobs[r.uid], r.token, _ENDS[r.finish_reason]) for r in responses]
@@ -126,6 +143,9 @@ class BatchBackend:
                 scored = self._scorer.step()
             for scoring in scored:
                 tokens += self._go_on_scored(scoring)
+        if self._prefixes is not None:
+            with mx.stream(self._generator.stream):
+                self._prefixes.harvest(*lean.batches_of(self._generator), prefilled=bool(prompts))
         return tokens
 
     def generate(self, prompt: list[int], max_tokens: int) -> list[int]:
@@ -143,24 +163,49 @@ class BatchBackend:
         if job.scores_prompt:
             self._scorer.add(job)
             return
-        self._enter(job, None, leads=leads)
-        if leads:
-            self._leading[self._uids[job.id]] = len(job.prompt) - 1
+        if self._prefixes is None:
+            self._enter(job, leads=leads)
+            return
+        # The last token is always processed; of a group's leader the last two: the others wait for its prompt.
+        most = len(job.prompt) - 2 if leads else len(job.prompt) + len(job.said) - 1
+        search = self._prefixes.search(job.prompt + job.said, job.salt, most)
+        if self._prefixes.arrived(search):
+            self._enter_found(self._prefixes, job, search, leads=leads)
+        else:
+            self._searching[job.id] = (job, search, leads)
 
-    def _enter(self, job: Job, cache: list[Any] | None, *, leads: bool = False) -> None:
-        """Put a job into the generator; `cache` holds all of its prompt but the last token."""
+    def _take_in(self, prefixes: Prefixes) -> None:
+        """Go on with the jobs whose prefix has been read."""
+        idle = not (self._uids or self._scorer)
+        prefixes.take_in([search for _, search, _ in self._searching.values()], _READ_WAIT_S if idle else 0.0)
+        for job, search, leads in list(self._searching.values()):
+            if prefixes.arrived(search):
+                del self._searching[job.id]
+                self._enter_found(prefixes, job, search, leads=leads)
+
+    def _enter_found(self, prefixes: Prefixes, job: Job, search: Search, *, leads: bool) -> None:
+        with mx.stream(self._generator.stream):
+            cache, done = prefixes.give(search)
+        job.reused.tokens = min(done, len(job.prompt))
+        self._enter(job, cache, done, leads=leads)
+        prefixes.follow(self._uids[job.id], search, done)
+
+    def _enter(self, job: Job, cache: list[Any] | None = None, done: int = 0, *, leads: bool = False) -> None:
+        """Put a job into the generator; `cache` holds the first `done` tokens of it, if it is given."""
         recorders = [] if job.logprobs is None else [Recorder(job.logprobs)]
         spread = Spread(job.temperature, job.top_p, job.top_k, job.min_p)
-        begun, rest = job.prompt[:-1], job.prompt[-1:] + job.said
-        segments = [rest] if cache is not None else [begun, rest] if leads else [job.prompt + job.said]
+        tokens, begun = job.prompt + job.said, len(job.prompt) - 1
+        segments = [tokens[done:begun], tokens[begun:]] if leads else [tokens[done:]]
         (uid,) = self._generator.insert_segments(
             [segments],
             [job.max_tokens],
             caches=None if cache is None else [cache],
-            all_tokens=None if cache is None else [begun],
+            all_tokens=None if cache is None else [tokens[:done]],
             samplers=[self._samplers.of(spread, job.seed, len(job.said))],
             logits_processors=[recorders + make_processors(job)],
         )
+        if leads:
+            self._leading[uid] = begun - done
         self._jobs[uid] = job.id
         self._uids[job.id] = uid
         if recorders:
@@ -171,9 +216,12 @@ class BatchBackend:
         self._alive.remove(job)
         self._unanswered.discard(job)
         self._prompt_scores.pop(job, None)
+        self._searching.pop(job, None)
         uid = self._uids.pop(job, None)
         if uid is not None:
             del self._jobs[uid]
+            if self._prefixes is not None:
+                self._prefixes.leave(uid)
             self._leading.pop(uid, None)
             self._recorders.pop(uid, None)
         return self._groups.leave(job)
@@ -186,7 +234,7 @@ class BatchBackend:
             return
         cache = self._copy_cache(uid)
         for job in followers:
-            self._enter(job, cache)
+            self._enter(job, cache, len(job.prompt) - 1)
 
     def _go_on_scored(self, scoring: Scoring) -> list[Token]:
         """Let a scored prompt, and those who waited for it, go on with its cache; return those without a token."""
@@ -195,7 +243,7 @@ class BatchBackend:
             if job.scores_prompt:
                 self._prompt_scores[job.id] = scoring.scores
             if job.max_tokens > 0:
-                self._enter(job, scoring.cache or None)
+                self._enter(job, scoring.cache or None, len(job.prompt) - 1 if scoring.cache else 0)
                 continue
             ended.append((job.id, NO_TOKEN, AT_LENGTH))
             self._scores = {**self._scores, job.id: scoring.scores}

@@ -77,6 +77,7 @@ def enter(job: int, gateway: bytes, submit: Submit, prepared: Prepared, now: flo
             echo=submit.echo and not said,
             constraint=prepared.constraint,
             group=_number_group(gateway, submit.group),
+            salt=submit.salt,
         ),
         gateway=gateway,
         rid=submit.rid,

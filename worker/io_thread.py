@@ -325,7 +325,7 @@ class IoThread:
         if self._book is not None:
             self._book.pause(now, paused=closed)
         if message.clear:
-            self._commands.put(engine.Relieve())
+            self._commands.put(engine.Relieve(caches=True))
 
     # -- ending -----------------------------------------------------------------------------------------------
 

@@ -16,11 +16,12 @@ from protocol.modelfolder import ModelFolder, ModelFolderError, inspect_model_fo
 from protocol.spec import MemoryLimits, WorkerSpec
 from protocol.states import WorkerExit
 from worker.failures import FatalError, classify, describe
-from worker.jobs import Loaded
+from worker.jobs import Loaded, Relieve
 from worker.versions import check_versions
 
 if TYPE_CHECKING:
     from worker.batch import BatchBackend
+    from worker.prefixes import Prefixes
 
 #: Bytes done, bytes in all, stage.
 Report = Callable[[int, int, str], None]
@@ -44,6 +45,7 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
     from worker.batch import BatchBackend  # noqa: PLC0415
     from worker.completions import CompletionMaker, Kinds  # noqa: PLC0415
     from worker.intake import pace_of_inputs  # noqa: PLC0415
+    from worker.prefix_open import open_prefixes  # noqa: PLC0415
     from worker.prompt import PromptMaker, find_context  # noqa: PLC0415
     from worker.vocabulary import Words, special_ids  # noqa: PLC0415
 
@@ -57,7 +59,9 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
     begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     completions = CompletionMaker(words, max_model_len=context, special=eos | special_ids(tokenizer), begin=begin)
     slots = spec.models.max_concurrent_requests
-    backend = BatchBackend(model, eos, slots=slots, prefill_tokens=spec.models.prefill_step_tokens)
+    prefixes = open_prefixes(spec, model)
+    prefill = spec.models.prefill_step_tokens
+    backend = BatchBackend(model, eos, slots=slots, prefill_tokens=prefill, prefixes=prefixes)
     return Loaded(
         backend=backend,
         capabilities=Capabilities(
@@ -72,7 +76,9 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
         canary=Canary(backend, len(tokenizer)),
         memory=lambda: (mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory()),
         vocabulary=words,
-        relieve=relieve,
+        relieve=lambda command: relieve(command, prefixes),
+        close=prefixes.close if prefixes is not None else _nothing,
+        abandon=prefixes.disown if prefixes is not None else _nothing,
     )
 
 
@@ -86,12 +92,20 @@ def keep_to(limits: MemoryLimits) -> None:
         mx.set_cache_limit(limits.buffer_bytes)
 
 
-def relieve(above_bytes: int) -> None:
-    """Give back the buffers that MLX keeps for reuse, if they are more than so many bytes."""
+def _nothing() -> None:
+    """Neither keep nor drop anything."""
+
+
+def relieve(command: Relieve, prefixes: "Prefixes | None" = None) -> None:
+    """Give back what the command says: prefixes (of old ones, if it does not say so, what nobody uses), and buffers."""
     import mlx.core as mx  # noqa: PLC0415
 
+    if prefixes is not None:
+        gone = prefixes.clear() if command.caches else prefixes.drop_unused()
+        if gone:
+            event("prefixes_dropped", bytes=gone)
     kept = mx.get_cache_memory()
-    if kept > above_bytes:
+    if kept > command.above_bytes:
         mx.clear_cache()
         event("buffers_cleared", buffer_bytes=kept)
 
