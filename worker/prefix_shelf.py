@@ -17,6 +17,8 @@ from worker.prefix_file import TEMPORARY, name_of, path_of
 MAX_FILES: Final = 20_000
 #: What others write meanwhile is seen this often.
 _COUNT_EVERY_S: Final = 60.0
+#: Of a file, besides its payload: some 120.
+_HEAD_BYTES: Final = 512
 #: When there is no room, so much of the limit is made free at once.
 _SPARE_SHARE: Final = 0.1
 #: A temporary file of this age is nobody's any more.
@@ -50,7 +52,7 @@ class Shelf:
     def has_room(self, nbytes: int) -> bool:
         """Return whether a file of that size may be written, as far as is known."""
         fresh = time.monotonic() - self._counted_at < _COUNT_EVERY_S
-        return fresh and self._bytes + nbytes <= self._limit_bytes and self._files < MAX_FILES
+        return fresh and self._bytes + nbytes + _HEAD_BYTES <= self._limit_bytes and self._files < MAX_FILES
 
     def wrote(self, name: bytes, depth: int, nbytes: int) -> None:
         """Note a file that was written; raise `OSError`."""
@@ -76,6 +78,7 @@ class Shelf:
         self._bytes = sum(size for _, size, _ in files)
         self._files = len(files)
         self._counted_at = time.monotonic()
+        coming += _HEAD_BYTES
         if self._bytes + coming <= self._limit_bytes and self._files < MAX_FILES:
             return []
         gone = []
