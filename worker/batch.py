@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any, Final
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ from worker.groups import Groups
 from worker.jobs import AT_LENGTH, AT_STOP, GOES_ON, NO_SCORES, NO_TOKEN, Job, Scored, Scores, Token
 from worker.logprobs import Record, Recorder
 from worker.penalties import make_processors
-from worker.prefixes import Prefixes, Search
+from worker.prefix_cache import PrefixCache
 from worker.sampling import Samplers, Spread
 from worker.scoring import PromptScorer, Scoring
 
@@ -50,7 +51,7 @@ class BatchBackend:
         slots: int,
         prefill_tokens: int,
         plain: bool = False,
-        prefixes: Prefixes | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         """`plain` keeps mlx-lm's own batch, which is slower: what `worker.lean` is tested against."""
         neutralise_wired_limit()
@@ -77,7 +78,7 @@ class BatchBackend:
         self._scores: Scores = NO_SCORES
         self._prefixes = prefixes
         #: Jobs whose prefix is being read, and whether each leads a group.
-        self._searching: dict[int, tuple[Job, Search, bool]] = {}
+        self._searching: dict[int, tuple[Job, Any, bool]] = {}
 
     def __len__(self) -> int:
         return len(self._alive)
@@ -126,8 +127,7 @@ class BatchBackend:
         if self._prefixes is not None:
             self._take_in(self._prefixes)
         prompts, responses = self._generator.next()
-        jobs = self._jobs
-        tokens = [(jobs[r.uid], r.token, _ENDS[r.finish_reason]) for r in responses]
+        tokens = [(self._jobs[r.uid], r.token, _ENDS[r.finish_reason]) for r in responses]
         self._scores = self._collect_scores(responses) if self._recorders and responses else NO_SCORES
         if self._unanswered:
             self._unanswered.difference_update([job for job, _, _ in tokens])
@@ -163,18 +163,19 @@ class BatchBackend:
         if job.scores_prompt:
             self._scorer.add(job)
             return
-        if self._prefixes is None:
+        prefixes = self._prefixes
+        if prefixes is None:
             self._enter(job, leads=leads)
             return
         # The last token is always processed; of a group's leader the last two: the others wait for its prompt.
         most = len(job.prompt) - 2 if leads else len(job.prompt) + len(job.said) - 1
-        search = self._prefixes.search(job.prompt + job.said, job.salt, most)
-        if self._prefixes.arrived(search):
-            self._enter_found(self._prefixes, job, search, leads=leads)
+        search = prefixes.search(job.prompt + job.said, job.salt, most)
+        if prefixes.arrived(search):
+            self._enter_found(prefixes, job, search, leads=leads)
         else:
             self._searching[job.id] = (job, search, leads)
 
-    def _take_in(self, prefixes: Prefixes) -> None:
+    def _take_in(self, prefixes: PrefixCache) -> None:
         """Go on with the jobs whose prefix has been read."""
         idle = not (self._uids or self._scorer)
         prefixes.take_in([search for _, search, _ in self._searching.values()], _READ_WAIT_S if idle else 0.0)
@@ -183,19 +184,22 @@ class BatchBackend:
                 del self._searching[job.id]
                 self._enter_found(prefixes, job, search, leads=leads)
 
-    def _enter_found(self, prefixes: Prefixes, job: Job, search: Search, *, leads: bool) -> None:
+    def _enter_found(self, prefixes: PrefixCache, job: Job, search: Any, *, leads: bool) -> None:
         with mx.stream(self._generator.stream):
             cache, done = prefixes.give(search)
         job.reused.tokens = min(done, len(job.prompt))
-        self._enter(job, cache, done, leads=leads)
+        self._enter(job, cache, done, leads=leads, stop_at=search.stop_at)
         prefixes.follow(self._uids[job.id], search, done)
 
-    def _enter(self, job: Job, cache: list[Any] | None = None, done: int = 0, *, leads: bool = False) -> None:
-        """Put a job into the generator; `cache` holds the first `done` tokens of it, if it is given."""
+    def _enter(
+        self, job: Job, cache: list[Any] | None = None, done: int = 0, *, leads: bool = False, stop_at: int = 0
+    ) -> None:
+        """Put a job into the generator; `cache` has its first `done` tokens. No chunk reaches over `stop_at`."""
         recorders = [] if job.logprobs is None else [Recorder(job.logprobs)]
         spread = Spread(job.temperature, job.top_p, job.top_k, job.min_p)
         tokens, begun = job.prompt + job.said, len(job.prompt) - 1
-        segments = [tokens[done:begun], tokens[begun:]] if leads else [tokens[done:]]
+        cuts = [done, *([stop_at] if stop_at > done else []), *([begun] if leads else []), len(tokens)]
+        segments = [tokens[first:end] for first, end in pairwise(cuts)]
         (uid,) = self._generator.insert_segments(
             [segments],
             [job.max_tokens],

@@ -21,7 +21,7 @@ from worker.versions import check_versions
 
 if TYPE_CHECKING:
     from worker.batch import BatchBackend
-    from worker.prefixes import Prefixes
+    from worker.prefix_cache import PrefixCache
 
 #: Bytes done, bytes in all, stage.
 Report = Callable[[int, int, str], None]
@@ -96,7 +96,7 @@ def _nothing() -> None:
     """Neither keep nor drop anything."""
 
 
-def relieve(command: Relieve, prefixes: "Prefixes | None" = None) -> None:
+def relieve(command: Relieve, prefixes: "PrefixCache | None" = None) -> None:
     """Give back what the command says: prefixes (of old ones, if it does not say so, what nobody uses), and buffers."""
     import mlx.core as mx  # noqa: PLC0415
 

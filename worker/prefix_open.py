@@ -11,6 +11,8 @@ import mlx.core as mx
 from protocol.logs import event
 from protocol.spec import WorkerSpec
 from worker.fingerprint import fingerprint
+from worker.prefix_boundary import Boundaries, can_keep_states
+from worker.prefix_cache import PrefixCache
 from worker.prefix_disk import PrefixDisk
 from worker.prefix_kv import probe
 from worker.prefix_shelf import Shelf
@@ -25,14 +27,18 @@ _BURST_SHARE: Final = 4
 _MAX_BURST: Final = 1024**3
 
 
-def open_prefixes(spec: WorkerSpec, model: Any) -> Prefixes | None:
+def open_prefixes(spec: WorkerSpec, model: Any) -> PrefixCache | None:
     """Return the cache, None where the configuration or the model has none."""
     limit = spec.memory.prefix_bytes
     if not limit:
         return None
+    memory = spec.memory.memory_bytes
+    spare = _spare(memory) if memory else None
     layout = probe(model)
     if layout is None:
-        event("prefix_cache_off", why="this model's caches cannot be cut into blocks")
+        if can_keep_states(model):
+            return Boundaries(limit, spare=spare)
+        event("prefix_cache_off", why="this model's caches cannot be taken out of a batch")
         return None
     try:
         found = fingerprint(Path(spec.path))
@@ -43,8 +49,7 @@ def open_prefixes(spec: WorkerSpec, model: Any) -> Prefixes | None:
     disk = _open_disk(spec, binding)
     now, size = time.monotonic(), spec.prefix_disk_bytes
     wear = Wear(min(_MAX_BURST, size // _BURST_SHARE), size, now)
-    memory = spec.memory.memory_bytes
-    return Prefixes(layout, binding, limit, disk=disk, wear=wear, spare=_spare(memory) if memory else None)
+    return Prefixes(layout, binding, limit, disk=disk, wear=wear, spare=spare)
 
 
 def _spare(memory_bytes: int) -> Callable[[], int]:

@@ -14,6 +14,7 @@ from protocol.logs import event
 from worker.prefix_chain import BLOCK_TOKENS, Chain, root_name
 from worker.prefix_disk import PrefixDisk
 from worker.prefix_kv import Layout
+from worker.prefix_stats import UNUSED_S, Reporter, Stats, allowed
 from worker.prefix_tree import Block, Tree
 from worker.prefix_wear import Wear
 
@@ -26,10 +27,7 @@ _TAKE_BYTES: Final = 64 * 1024 * 1024
 #: The disk learns this often that a prefix is in use.
 _TOUCH_EVERY_S: Final = 300.0
 _MAX_TOUCHED: Final = 4096
-#: Nobody came back to it for so long.
-_UNUSED_S: Final = 3600.0
 _CLOSE_S: Final = 1.5
-_REPORT_EVERY_S: Final = 60.0
 
 
 class Search(msgspec.Struct):
@@ -39,6 +37,8 @@ class Search(msgspec.Struct):
     most: int
     ticket: int = 0
     give_up_at: float = 0.0
+    #: Where the batch has to stop for a moment: nowhere, blocks are taken wherever it does.
+    stop_at: int = 0
 
     @property
     def names(self) -> list[bytes]:
@@ -51,16 +51,6 @@ class _Row(msgspec.Struct):
 
     chain: Chain
     done: int
-
-
-class Stats(msgspec.Struct):
-    """Counted since the process began; tokens."""
-
-    requests: int = 0
-    hits: int = 0
-    tokens_reused: int = 0
-    tokens_from_disk: int = 0
-    rejected: int = 0
 
 
 class Prefixes:
@@ -89,9 +79,8 @@ class Prefixes:
         self._open: set[int] = set()
         self._touched: dict[bytes, float] = {}
         self._steps = 0
-        self._report_at = clock() + _REPORT_EVERY_S
-        self._reported = -1
         self.stats = Stats()
+        self._reporter = Reporter(clock)
 
     @property
     def bytes(self) -> int:
@@ -199,7 +188,7 @@ class Prefixes:
             self._cut(prompts)
         if answers_due:
             self._cut(answers)
-            self._report()
+            self._reporter.report(self.stats, self.bytes, self.limit_bytes, len(self._tree))
 
     def _cut(self, batch: Any) -> None:
         now = self._clock()
@@ -226,9 +215,7 @@ class Prefixes:
 
     def _yield(self) -> None:
         """Give way: what the requests need comes before what may be needed again."""
-        if self._spare is None:
-            return
-        self._tree.limit_bytes = max(0, min(self._limit_bytes, self._tree.bytes + self._spare()))
+        self._tree.limit_bytes = allowed(self._limit_bytes, self._tree.bytes, self._spare)
         self._tree.shrink(self._tree.limit_bytes)
 
     # -- memory and the end -----------------------------------------------------------------------------------
@@ -240,7 +227,7 @@ class Prefixes:
 
     def drop_unused(self) -> int:
         """Let go what nobody has used for an hour; return how many bytes went."""
-        return self._tree.drop_unused_since(self._clock() - _UNUSED_S)
+        return self._tree.drop_unused_since(self._clock() - UNUSED_S)
 
     def close(self) -> None:
         """Write what is in memory and not on disk, as much as goes in a moment: the next process begins with it."""
@@ -273,20 +260,3 @@ class Prefixes:
             self._touched.clear()
         self._touched[blocks[-1].name] = now
         self._disk.touch([(block.name, block.depth) for block in blocks])
-
-    def _report(self) -> None:
-        if self._clock() < self._report_at or self.stats.requests == self._reported:
-            return
-        self._report_at, self._reported = self._clock() + _REPORT_EVERY_S, self.stats.requests
-        stats = self.stats
-        event(
-            "prefix_cache",
-            bytes=self.bytes,
-            limit_bytes=self.limit_bytes,
-            blocks=len(self._tree),
-            requests=stats.requests,
-            hits=stats.hits,
-            tokens_reused=stats.tokens_reused,
-            tokens_from_disk=stats.tokens_from_disk,
-            rejected=stats.rejected,
-        )
