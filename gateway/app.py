@@ -1,13 +1,18 @@
 """The application: routes and what lies around them."""
 
+from pathlib import Path
+from typing import Final
+
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
+from gateway.admin import admin_routes
+from gateway.audit import Audit
 from gateway.calls import Calls
 from gateway.catalog import CatalogView
 from gateway.chat import ChatCompletions
@@ -15,6 +20,7 @@ from gateway.completions import Completions
 from gateway.context import context_of
 from gateway.door import front_door
 from gateway.embeddings import Embeddings
+from gateway.forward import Forwarder
 from gateway.health import Healthz, Readyz
 from gateway.middleware import ErrorBoundary, PathMiddleware, RequestIdMiddleware
 from gateway.models import Model, Models
@@ -26,29 +32,36 @@ from gateway.traffic import Traffic
 from protocol.errors import LmxError
 from protocol.spec import GatewaySpec
 
+_LONGER_S: Final = 5.0
 
-def build_app(spec: GatewaySpec, catalog: CatalogView, pool: WorkerPool, traffic: Traffic) -> ASGIApp:
+
+def build_app(spec: GatewaySpec, catalog: CatalogView, pool: WorkerPool, traffic: Traffic, audit: Audit) -> ASGIApp:
     """Return the ASGI application. Paths are written without `/v1`; `PathMiddleware` accepts both."""
     config = spec.gateway
     outer, door = front_door(spec)
     calls = Calls(config, catalog, pool, traffic, isolate_prefixes=spec.security.isolate_prefixes)
+    # The supervisor's own limit comes first: it knows better words.
+    forwarder = Forwarder(Path(spec.control_socket), spec.lifecycle.command_timeout_s + _LONGER_S)
+    routes: list[BaseRoute] = [
+        Route("/chat/completions", ChatCompletions(calls), methods=["POST"]),
+        Route("/completions", Completions(calls), methods=["POST"]),
+        Route("/embeddings", Embeddings(calls), methods=["POST"]),
+        Route("/rerank", Rerank(calls), methods=["POST"]),
+        Route("/tokenize", Tokenize(calls), methods=["POST"]),
+        Route("/detokenize", Detokenize(calls), methods=["POST"]),
+        Route("/models", Models(catalog), methods=["GET"]),
+        Route("/models/{id:path}", Model(catalog), methods=["GET"]),
+        Route("/openapi.json", OpenApi(), methods=["GET"]),
+        Route("/healthz", Healthz(), methods=["GET"]),
+        Route("/readyz", Readyz(catalog, traffic), methods=["GET"]),
+        *admin_routes(forwarder, catalog, traffic, audit, Path(spec.log_file).parent if spec.log_file else None),
+    ]
+    paths = frozenset(path for route in routes if "{" not in (path := getattr(route, "path", "{")))
     app = Starlette(
-        routes=[
-            Route("/chat/completions", ChatCompletions(calls), methods=["POST"]),
-            Route("/completions", Completions(calls), methods=["POST"]),
-            Route("/embeddings", Embeddings(calls), methods=["POST"]),
-            Route("/rerank", Rerank(calls), methods=["POST"]),
-            Route("/tokenize", Tokenize(calls), methods=["POST"]),
-            Route("/detokenize", Detokenize(calls), methods=["POST"]),
-            Route("/models", Models(catalog), methods=["GET"]),
-            Route("/models/{id:path}", Model(catalog), methods=["GET"]),
-            Route("/openapi.json", OpenApi(), methods=["GET"]),
-            Route("/healthz", Healthz(), methods=["GET"]),
-            Route("/readyz", Readyz(catalog, traffic), methods=["GET"]),
-        ],
+        routes=routes,
         # The first is the outermost. `add_middleware` would insert in front.
         middleware=[
-            Middleware(RequestIdMiddleware, traffic=traffic),
+            Middleware(RequestIdMiddleware, traffic=traffic, audit=audit, paths=paths),
             Middleware(PathMiddleware),
             *outer,
             Middleware(ErrorBoundary),

@@ -22,10 +22,11 @@ from gateway.bell import Bell
 from gateway.body import BodyReader
 from gateway.call import Call
 from gateway.catalog import CatalogView
-from gateway.context import context_of, header
+from gateway.context import Worked, context_of, header
 from gateway.kinds import check_kind
 from gateway.parameters import ignored_header
 from gateway.pool import WorkerPool
+from gateway.priority import priority_of
 from gateway.requests import Request, RequestState, Rids
 from gateway.traffic import Traffic
 from protocol.config import GatewayConfig
@@ -151,6 +152,7 @@ class Calls:
         """
         continues = self._continues(scope)
         context = context_of(scope)
+        priority = priority_of(scope, context.access.priority if context.access is not None else 0)
         await self._catalog.arrived()
         found = self._catalog.find(model)
         check_kind(found, asked[0].kind)
@@ -174,7 +176,7 @@ class Calls:
                 deadline_s=timeout_s,
                 trace=context.request_id,
                 client=client,
-                priority=context.access.priority if context.access is not None else 0,
+                priority=priority,
                 group=groups[wanted.group] if wanted.group else 0,
                 salt=client if self._isolate else "",
             )
@@ -224,28 +226,51 @@ async def _watch(receive: Receive, bell: Bell[Request]) -> None:
 
 
 def _log(call: Call, streams: bool, now: float) -> None:
-    """Write the one line that says how an inference went: numbers only."""
-    started = call.context.started
+    """Write the one line that says how an inference went, and keep it for the audit: numbers and our names only."""
+    context = call.context
+    started = context.started
+    first_texts = [request.first_text_at for request in call.requests if request.first_text_at is not None]
+    failed = next((request.error for request in call.requests if request.error is not None), None)
+    unfinished = any(request.state is not RequestState.FINISHED for request in call.requests)
+    worked = Worked(
+        model=call.model.id,
+        stream=streams,
+        incarnation=next((r.incarnation for r in reversed(call.requests) if r.incarnation is not None), None),
+        ttft_ms=round((min(first_texts) - started) * 1000, 1) if first_texts else None,
+        prompt_tokens=call.prompt_tokens,
+        completion_tokens=sum(len(r.tokens) for r in call.requests) if unfinished else call.completion_tokens,
+        cached_tokens=call.cached_tokens,
+        error=failed.code if failed is not None else None,
+        left=failed is None and unfinished,
+    )
+    context.worked = worked
     fields: dict[str, Any] = {
-        "request_id": call.context.request_id,
-        "model": call.model.id,
+        "request_id": context.request_id,
+        "model": worked.model,
         "kind": call.requests[0].kind.name.lower(),
         "stream": streams,
+        "client": context.client,
+        "priority": call.requests[0].priority,
         "latency_ms": round((now - started) * 1000, 1),
-        "prompt_tokens": call.prompt_tokens,
+        "prompt_tokens": worked.prompt_tokens,
+        "cached_tokens": worked.cached_tokens,
+        "completion_tokens": worked.completion_tokens,
     }
+    if context.client_id:
+        fields["client_id"] = context.client_id
     if len(call.requests) > 1:
         fields["requests"] = len(call.requests)
-    first_texts = [request.first_text_at for request in call.requests if request.first_text_at is not None]
-    if first_texts:
-        fields["ttft_ms"] = round((min(first_texts) - started) * 1000, 1)
+    if worked.ttft_ms is not None:
+        fields["ttft_ms"] = worked.ttft_ms
     crashes = sum(request.crashes for request in call.requests)
     if crashes:
         fields["crashes"] = crashes
-    failed = next((request.error for request in call.requests if request.error is not None), None)
+    if failed is not None and failed.code == "server_busy":
+        waited = {"request_id": context.request_id, "model": worked.model, "latency_ms": fields["latency_ms"]}
+        event("semaphore_timeout_stream" if streams else "semaphore_timeout", level="WARNING", **waited)
     if failed is not None:
         event("inference_failed", level="WARNING", code=failed.code, **fields)
-    elif any(request.state is not RequestState.FINISHED for request in call.requests):
+    elif unfinished:
         event("inference_cancelled", **fields)
     else:
-        event("inference_complete", completion_tokens=call.completion_tokens, **fields)
+        event("inference_complete", **fields)

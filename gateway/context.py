@@ -10,6 +10,12 @@ from gateway.auth import Access
 #: Key of the ASGI extension through which `gateway.server` offers its connection.
 CONNECTION_EXTENSION: Final = "lmx.connection"
 _CONTEXT: Final = "lmx.context"
+_ADMIN: Final = ("/admin", "/ws")
+
+
+def is_admin_path(path: str) -> bool:
+    """Return whether a canonical path is for administrators."""
+    return any(path == root or path.startswith(f"{root}/") for root in _ADMIN)
 
 
 class ClientGoneError(Exception):
@@ -26,6 +32,24 @@ class Connection(Protocol):
         """Close at once and drop what is unsent: the only way out of a write that a client never reads."""
 
 
+@dataclass(frozen=True, slots=True)
+class Worked:
+    """What became of a request that a model was asked: for the log and the audit, numbers and our own names only.
+
+    `error` is the code it ended with; `left`: its client went away. Times in milliseconds.
+    """
+
+    model: str
+    stream: bool
+    incarnation: int | None = None
+    ttft_ms: float | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    error: str | None = None
+    left: bool = False
+
+
 @dataclass(slots=True)
 class RequestContext:
     """One HTTP request. `started` is `time.monotonic()` when its headers had been read."""
@@ -37,8 +61,20 @@ class RequestContext:
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
     #: Who sent it, once `gateway.door` has let it in.
     access: Access | None = None
+    #: Its address, as far as it can be told: that of a trusted proxy's client. Also of one that is refused.
+    address: str = ""
     #: Tokens of prompt and answer, once they are known: what a limit on tokens counts in the end.
     tokens_used: int | None = None
+    #: What the client calls itself; "" if it does not, or says what nobody should write down.
+    client_id: str = ""
+    #: The code of the error that was answered.
+    error: str | None = None
+    worked: Worked | None = None
+
+    @property
+    def client(self) -> str | None:
+        """Whom limits count: a key or an address; None if nobody knows yet."""
+        return self.access.client if self.access is not None else self.address or None
 
     def close_after_response(self) -> None:
         """Do not keep the connection alive, if the server can tell it so."""

@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.auth import Access, Authenticator, credential_of
-from gateway.context import context_of
+from gateway.context import context_of, is_admin_path
 from gateway.hosts import HostGuard
 from gateway.identity import client_address, client_name, peer_address, within
 from gateway.inspection import Inspected, estimate, wanted_of
@@ -28,7 +28,8 @@ from protocol.spec import GatewaySpec
 
 #: No key, no limit, any host: for probes.
 HEALTH: Final = frozenset({"/healthz", "/readyz"})
-_ADMIN: Final = ("/admin", "/ws")
+#: What an operator looks at when something is wrong must not be used up by looking.
+_UNLIMITED: Final = frozenset({"/admin/health"})
 _MODEL: Final = "/models/"
 _CORS_HEADERS: Final = (
     "retry-after",
@@ -59,17 +60,13 @@ def front_door(spec: GatewaySpec) -> tuple[list[Middleware], Middleware]:
     return outer, Middleware(Door, rules=settings, authenticator=authenticator, limiter=limiter, max_body_bytes=limit)
 
 
-def is_admin_path(path: str) -> bool:
-    """Return whether a canonical path is for administrators."""
-    return any(path == root or path.startswith(f"{root}/") for root in _ADMIN)
-
-
 @dataclass(slots=True)
 class _Visit:
     """A request that was let in. `running`: it counts among those that run."""
 
     access: Access
     budget: Budget
+    address: str
     running: bool = False
     reservation: Reservation | None = None
 
@@ -109,7 +106,7 @@ class Door:
                 raise
             await refuse_unread(scope, receive, send, error)
             return
-        context.access = visit.access
+        context.access, context.address = visit.access, visit.address
         peer = scope.get("client")
         # What the endpoints pass on as the client, for fairness between clients in the worker.
         scope["client"] = (visit.access.client, peer[1] if peer else 0)
@@ -128,8 +125,10 @@ class Door:
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await self._checked({**scope, "method": "GET", "path": canonical_path(scope["path"])}, [])
-        except LmxError:
+            visit = await self._checked({**scope, "method": "GET", "path": canonical_path(scope["path"])}, [])
+            context_of(scope).access = visit.access
+        except LmxError as error:
+            context_of(scope).error = error.code
             await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
         else:
             await self._app(scope, receive, send)
@@ -148,6 +147,7 @@ class Door:
     async def _admit(self, scope: Scope, headers: Headers) -> _Visit:
         self._check_peer(scope)
         address = client_name(client_address(scope, self._rules.proxies))
+        context_of(scope).address = address
         credential = credential_of(scope)
         if is_admin_path(scope["path"]):
             try:
@@ -156,15 +156,16 @@ class Door:
                 # Counted before it is refused: nobody guesses keys faster than this.
                 await self._limiter.admin(address, headers)
                 raise
-            await self._limiter.admin(access.client, headers)
-            return _Visit(access, self._limiter.budget(access))
+            if scope["path"] not in _UNLIMITED:
+                await self._limiter.admin(access.client, headers)
+            return _Visit(access, self._limiter.budget(access), address)
         try:
             access = self._authenticator.inference(credential, address)
         except LmxError:
             stranger = Access(address)
             await self._limiter.inference(address, self._limiter.budget(stranger), headers)
             raise
-        visit = _Visit(access, self._limiter.budget(access))
+        visit = _Visit(access, self._limiter.budget(access), address)
         if scope["path"].startswith(_MODEL):
             access.check_model(scope["path"].removeprefix(_MODEL))
         if scope["method"] == "POST":

@@ -1,11 +1,11 @@
-"""Errors as HTTP: OpenAI's envelope, or RFC 9457 problem details for a client that asks for them."""
+"""Errors as HTTP: OpenAI's envelope, or RFC 9457 problem details under `/admin` and for a client that asks for them."""
 
 from typing import Final
 
 import msgspec
 from starlette.types import Scope, Send
 
-from gateway.context import context_of, header
+from gateway.context import context_of, header, is_admin_path
 from protocol.errors import LmxError, envelope, problem
 
 _PROBLEM_TYPE: Final = b"application/problem+json"
@@ -37,9 +37,11 @@ async def send_error(
     scope: Scope, send: Send, error: LmxError, headers: list[tuple[bytes, bytes]] | None = None
 ) -> None:
     """Answer with `error`; only before the response has started."""
-    request_id = context_of(scope).request_id
+    context = context_of(scope)
+    request_id = context.request_id
+    context.error = error.code
     all_headers = [*error_headers(error), *(headers or [])]
-    if _PROBLEM_TYPE in header(scope, b"accept").lower():
+    if is_admin_path(scope["path"]) or _PROBLEM_TYPE in header(scope, b"accept").lower():
         body = msgspec.json.encode(problem(error, request_id))
         all_headers.append((b"content-type", _PROBLEM_TYPE))
     else:

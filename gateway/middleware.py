@@ -1,68 +1,85 @@
 """Around every request: its id, its log line, the boundary where an error becomes an answer. Raw ASGI throughout."""
 
 import re
-import secrets
 import time
 from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.context import ClientGoneError, RequestContext, attach, connection_of, context_of, header
+from gateway.audit import Audit
+from gateway.audit_rows import CLIENT_GONE, QUIET
+from gateway.context import ClientGoneError, RequestContext, attach, connection_of, context_of
 from gateway.errors import send_error
+from gateway.ids import client_id, request_id
 from gateway.traffic import Traffic
 from protocol.errors import LmxError
 from protocol.logs import event, exception_event
 
-_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _DOUBLE_SLASHES: Final = re.compile(r"/{2,}")
-#: Polled every few seconds by machines: their lines would bury all others.
-_QUIET_ROUTES: Final = frozenset({"/healthz", "/readyz"})
-#: nginx's number for "the client went away"; only ever logged.
-_CLIENT_GONE_STATUS: Final = 499
+_UNDER_V1: Final = re.compile(r"^/(?!admin|ws|ui|metrics|healthz|readyz|openapi)")
+#: Polled every few seconds by machines: their lines would bury all others, as long as all is well.
+_QUIET_ROUTES: Final = QUIET | {"/admin/health", "/admin/events", "/admin/audit/stream"}
 
 
 class RequestIdMiddleware:
-    """Outermost: gives each request an id, puts it on every response and logs one `http_request` line."""
+    """Outermost: gives each request an id, puts it on every response, logs one `http_request` line, has it audited.
 
-    def __init__(self, app: ASGIApp, traffic: Traffic) -> None:
+    `paths`: those of routes, by which also what never gets to its route is called in the log; no others are.
+    """
+
+    def __init__(
+        self, app: ASGIApp, traffic: Traffic, audit: Audit | None = None, paths: frozenset[str] = frozenset()
+    ) -> None:
         self._app = app
         self._traffic = traffic
+        self._audit = audit
+        self._paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI scope."""
-        if scope["type"] != "http":
+        if scope["type"] not in {"http", "websocket"}:
             await self._app(scope, receive, send)
             return
-        context = RequestContext(request_id(header(scope, b"x-request-id")), time.monotonic(), connection_of(scope))
+        context = RequestContext(request_id(scope), time.monotonic(), connection_of(scope), client_id=client_id(scope))
         attach(scope, context)
-        status = _CLIENT_GONE_STATUS
+        status = CLIENT_GONE
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
+            if message["type"] in {"http.response.start", "websocket.accept"}:
+                status = message.get("status", 101)
                 if self._traffic.closing:
                     context.headers.append((b"connection", b"close"))
                 message["headers"] = [
-                    *message["headers"],
+                    *message.get("headers", ()),
                     *context.headers,
                     (b"x-request-id", context.request_id.encode()),
                 ]
+            elif message["type"] == "websocket.close" and status == CLIENT_GONE:
+                status = 403  # what a handshake is answered that is not accepted
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            route = getattr(scope.get("route"), "path", "unmatched")
-            if route not in _QUIET_ROUTES:
-                event(
-                    "http_request",
-                    method=scope["method"],
-                    route=route,
-                    status=status,
-                    ms=round((time.monotonic() - context.started) * 1000, 1),
-                    request_id=context.request_id,
-                )
+            self._note(scope, context, status)
+
+    def _note(self, scope: Scope, context: RequestContext, status: int) -> None:
+        route = getattr(scope.get("route"), "path", "") or (scope["path"] if scope["path"] in self._paths else "")
+        took = time.monotonic() - context.started
+        if route not in _QUIET_ROUTES or status != 200:
+            event(
+                "http_request",
+                method=scope.get("method", "websocket"),
+                route=route or "unmatched",
+                status=status,
+                ms=round(took * 1000, 1),
+                request_id=context.request_id,
+                client=context.client,
+            )
+        if self._audit is not None:
+            shown = _UNDER_V1.sub("/v1/", route) if route else "unmatched"
+            self._audit.note(scope, context, route=shown, status=status, took_s=took)
 
 
 class ErrorBoundary:
@@ -121,11 +138,3 @@ def canonical_path(path: str) -> str:
     if path == "/v1" or path.startswith("/v1/"):
         path = path[3:]
     return path.rstrip("/") or "/"
-
-
-def request_id(offered: bytes) -> str:
-    """Return the client's id if it is safe to log and echo, else a new one."""
-    if _REQUEST_ID.fullmatch(offered):
-        return offered.decode("ascii")
-    # 22 characters of URL-safe base64 are 128 random bits, which is what 16 bytes give.
-    return f"req_{secrets.token_urlsafe(16)}"

@@ -116,6 +116,8 @@ class Request:
         self.result: Embedded | Ranked | Tokenized | None = None
         self.prompt_tokens = 0
         self.cached_tokens = 0
+        #: The process it was last sent to.
+        self.incarnation: int | None = None
         #: All of the answer so far, in whichever process: never more than its max_tokens.
         self.tokens: list[int] = []
         #: The number of tokens of which the owner wants to know.
@@ -152,6 +154,11 @@ class Request:
         return self._submit.trace
 
     @property
+    def priority(self) -> int:
+        """How urgent it is; higher goes first."""
+        return self._submit.priority
+
+    @property
     def in_flight(self) -> bool:
         """Whether a process has taken it and not ended it."""
         return self.state is RequestState.ACCEPTED or self.state is RequestState.STREAMING
@@ -159,6 +166,7 @@ class Request:
     def message(self, incarnation: int) -> Submit:
         """Return what to send to a process: the whole request, and what it was answered with so far."""
         submit = self._submit
+        self.incarnation = incarnation
         return Submit(
             incarnation=incarnation,
             rid=submit.rid,

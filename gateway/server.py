@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import secrets
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any, Final
@@ -14,8 +13,10 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from gateway.context import CONNECTION_EXTENSION
 from gateway.errors import error_body
+from gateway.ids import new_request_id
 from protocol.config import SecurityConfig
 from protocol.errors import LmxError
+from protocol.logs import event
 
 #: httptools has no limit of its own; h11's is the same.
 MAX_HEAD_BYTES: Final = 64 * 1024
@@ -27,6 +28,17 @@ HEAD_TIMEOUT_S: Final = 10.0
 KEEP_ALIVE_S: Final = 75
 #: After the drain only last bytes are on their way.
 _CLOSE_TIMEOUT_S: Final = 2
+
+
+#: Who listens by WebSocket has nothing to say.
+_MAX_WEBSOCKET_MESSAGE: Final = 4096
+
+
+def _websocket_protocol(**arguments: Any) -> asyncio.Protocol:
+    """Return uvicorn's protocol for one WebSocket. What it imports takes as long as a tenth of the gateway's start."""
+    from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol  # noqa: PLC0415
+
+    return WebSocketsSansIOProtocol(**arguments)
 
 
 class _HeadTooLargeError(Exception):
@@ -144,7 +156,8 @@ class HttpProtocol(HttpToolsProtocol):
         if cycle is not None and cycle.response_started and not cycle.response_complete:
             self.transport.abort()
             return
-        request_id = f"req_{secrets.token_urlsafe(16)}"
+        request_id = new_request_id()
+        event("http_refused", code=error.code, request_id=request_id)
         body = error_body(error, request_id)
         lines = (
             f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
@@ -163,7 +176,9 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             app,
             http=HttpProtocol,
-            ws="none",
+            ws=_websocket_protocol,  # type: ignore[arg-type]
+            ws_max_size=_MAX_WEBSOCKET_MESSAGE,
+            ws_per_message_deflate=False,
             lifespan="off",
             log_config=None,
             access_log=False,

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from gateway.app import build_app
+from gateway.audit import Audit
+from gateway.audit_store import AuditStore
 from gateway.catalog import CatalogView
 from gateway.control import ControlClient, Lease
 from gateway.pool import Report, WorkerPool
@@ -21,6 +23,8 @@ from protocol.states import WorkerExit
 
 _LEASE_CHECKS: Final = 20
 _MAX_LEASE_CHECK_S: Final = 1.0
+#: Last rows are on their way to a file that somebody may have locked.
+_AUDIT_CLOSE_S: Final = 2.0
 
 
 class Service:
@@ -36,7 +40,9 @@ class Service:
         self._accepting = asyncio.Event()
         self._exit: asyncio.Future[int] = self._loop.create_future()
         self._drains: set[asyncio.Task[None]] = set()
-        app = build_app(spec, self._catalog, self._pool, self._traffic)
+        store = AuditStore(Path(spec.audit_file), spec.audit) if spec.audit_file else None
+        self._audit = Audit(store)
+        app = build_app(spec, self._catalog, self._pool, self._traffic, self._audit)
         self._server = Server(app, self._accepting.set, spec.security)
         lifecycle = spec.lifecycle
         self._lease = Lease(lifecycle.lease_s, lifecycle.slept_s, self._loop.time())
@@ -60,12 +66,13 @@ class Service:
         serving = asyncio.create_task(self._server.serve(sockets=[self._listener]), name="serving")
         control = asyncio.create_task(self._control.run(), name="control")
         lease = asyncio.create_task(self._watch_lease(), name="lease")
+        self._audit.start()
         event("gateway_started", incarnation=self._spec.incarnation)
         try:
             running: list[asyncio.Future[Any]] = [serving, control, lease, self._exit]
             await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             code = self._exit_code(serving, control, lease)
-            self._traffic.draining = True
+            self._traffic.drain()
             self._pool.fail_requests(_stopping())
             self._server.should_exit = True
             await asyncio.wait({serving})
@@ -74,6 +81,7 @@ class Service:
                 task.cancel()
             await asyncio.gather(control, lease, *self._drains, return_exceptions=True)
             self._pool.close()
+            self._audit.close(_AUDIT_CLOSE_S)
         event("gateway_stopped", code=code)
         return code
 
@@ -106,6 +114,7 @@ class Service:
 
     def _on_signal(self) -> None:
         """Drain on the first signal, end on the second."""
+        event("sigterm_received")
         if self._traffic.draining:
             self._end(WorkerExit.ASKED)
         else:
@@ -118,12 +127,12 @@ class Service:
     def _start_handing_over(self, grace_s: float, code: WorkerExit | None) -> None:
         event("gateway_handing_over", grace_s=grace_s, running=self._traffic.running)
         self._server.stop_accepting()
-        self._traffic.closing = True
+        self._traffic.close()
         self._watch_drain(grace_s, code)
 
     def _start_drain(self, grace_s: float, code: WorkerExit | None) -> None:
         event("gateway_draining", grace_s=grace_s, running=self._traffic.running)
-        self._traffic.draining = True
+        self._traffic.drain()
         self._watch_drain(grace_s, code)
 
     def _watch_drain(self, grace_s: float, code: WorkerExit | None) -> None:
@@ -164,7 +173,8 @@ class Service:
                 self._start_drain(self._spec.lifecycle.drain_s, WorkerExit.LEASE_EXPIRED)
 
     def _heartbeat(self) -> GatewayHeartbeat:
-        return GatewayHeartbeat(open_requests=self._traffic.running, sockets=self._server.connection_count())
+        traffic = self._traffic
+        return GatewayHeartbeat(traffic.running, self._server.connection_count(), traffic.draining)
 
 
 def _stopping() -> LmxError:

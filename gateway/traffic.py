@@ -12,11 +12,35 @@ class Traffic:
 
     def __init__(self) -> None:
         self.running = 0
-        self.draining = False
-        #: Connections are to be closed after the response that comes next on them: another gateway takes the new ones.
-        self.closing = False
+        self._draining = False
+        self._closing = False
+        self._leaving = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+
+    @property
+    def draining(self) -> bool:
+        """Whether no inference is taken any more."""
+        return self._draining
+
+    @property
+    def closing(self) -> bool:
+        """Whether connections are closed after the response that comes next: another gateway takes the new ones."""
+        return self._closing
+
+    def drain(self) -> None:
+        """Take no more inference."""
+        self._draining = True
+        self._leaving.set()
+
+    def close(self) -> None:
+        """Let connections go after their next response."""
+        self._closing = True
+        self._leaving.set()
+
+    async def leaving(self) -> None:
+        """Wait until this gateway drains or hands over: what would go on for ever ends then."""
+        await self._leaving.wait()
 
     @contextlib.contextmanager
     def admit(self) -> Iterator[None]:

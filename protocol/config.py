@@ -102,7 +102,7 @@ class ModelsConfig(_Section, frozen=True):
     #: Requests that wait for a slot; one more is refused at once.
     queue_depth: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 128
     slot_timeout_s: Annotated[float, msgspec.Meta(ge=0.05, le=300)] = 30.0
-    #: Prompt tokens processed between two decode steps.
+    #: Tokens of all prompts together that are processed between two decode steps.
     prefill_step_tokens: Annotated[int, msgspec.Meta(ge=16, le=65536)] = 512
 
 
@@ -136,7 +136,9 @@ class MemoryConfig(_Section, frozen=True):
     soft: Share = 0.85
     hard: Share = 0.95
     kill: Share = 1.05
-    #: Shares of the machine's memory in use: above new requests are refused; the largest model is ended.
+    #: Shares of the machine's memory in use: above models run fewer requests at once; new ones are refused; the
+    #: largest model is ended.
+    slow: Share = 0.85
     shed: Share = 0.95
     critical: Share = 0.98
     #: Make room for a load by unloading models that nobody uses, the least recently used first.
@@ -231,6 +233,29 @@ class LifecycleConfig(_Section, frozen=True):
     command_timeout_s: Seconds = 900.0
 
 
+class AuditConfig(_Section, frozen=True):
+    """The record of requests in `$LMX_HOME/audit.db`."""
+
+    enabled: bool = True
+    #: Older rows are deleted.
+    retention_days: Annotated[float, msgspec.Meta(gt=0, le=3650)] = 30.0
+    #: The oldest beyond this number are deleted too, some 300 bytes each; 0 keeps all.
+    max_rows: Annotated[int, msgspec.Meta(ge=0)] = 5_000_000
+
+
+class ThermalConfig(_Section, frozen=True):
+    """Temperature and clock of the GPU, from `macmon` if it is installed."""
+
+    #: The program, searched in PATH and where Homebrew and MacPorts install; "" measures nothing.
+    macmon: str = "macmon"
+    interval_s: Annotated[float, msgspec.Meta(ge=0.1, le=3600)] = 5.0
+    #: A sample that is so late means that the program hangs.
+    timeout_s: Annotated[float, msgspec.Meta(ge=0.1, le=60)] = 5.0
+    #: Held back: slower than this while busy for more than this share of the time.
+    throttled_mhz: Annotated[float, msgspec.Meta(ge=0, le=100_000)] = 1000.0
+    busy: Share = 0.8
+
+
 class LogConfig(_Section, frozen=True):
     """What is written to `$LMX_HOME/logs`."""
 
@@ -248,4 +273,6 @@ class Config(_Section, frozen=True):
     memory: MemoryConfig = MemoryConfig()
     prefix: PrefixConfig = PrefixConfig()
     lifecycle: LifecycleConfig = LifecycleConfig()
+    audit: AuditConfig = AuditConfig()
+    thermal: ThermalConfig = ThermalConfig()
     log: LogConfig = LogConfig()

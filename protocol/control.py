@@ -41,10 +41,16 @@ class GatewayHello(Message, frozen=True, tag=2):
 
 
 class CliHello(Message, frozen=True, tag=3):
-    """First frame of a command-line client."""
+    """First frame of who asks for something: the command line, or a gateway for an administrator.
+
+    `by` is who asked it there (a key's id, never a key), from which address, in which request; empty: someone here.
+    """
 
     protocol: int
     version: str
+    by: str = ""
+    address: str = ""
+    request_id: str = ""
 
 
 class SpareHello(Message, frozen=True, tag=4):
@@ -67,6 +73,8 @@ class Capabilities(Message, frozen=True):
     kinds: list[str]
     max_concurrent_requests: int
     has_chat_template: bool = True
+    #: Seconds per token of one request alone, timed when it was loaded; 0 is unknown.
+    step_s: float = 0.0
 
 
 class Loading(Message, frozen=True, tag=8):
@@ -97,6 +105,10 @@ class Heartbeat(Message, frozen=True, tag=10):
     peak_bytes: int
     #: Requests that were taken since the process began: shows use also between two heartbeats.
     requests: int = 0
+    #: Requests that it runs at once for now; and bytes of cache that are promised to requests, of how many (0: any).
+    concurrent_limit: int = 0
+    kv_reserved_bytes: int = 0
+    kv_limit_bytes: int = 0
 
 
 class Dying(Message, frozen=True, tag=11):
@@ -177,11 +189,14 @@ class Assign(Message, frozen=True, tag=21):
 class Relieve(Message, frozen=True, tag=22):
     """To a worker that uses much memory: take no new requests for `close_s` (0: take them), clear caches if `clear`.
 
-    It is said again while it is so: a worker that hears nothing more takes requests when the time is over.
+    Where the machine is short of memory: run at most `slots` requests at once (0: all that are configured) for
+    `slots_s`. It is said again while it is so: a worker that hears nothing more takes requests when the time is over.
     """
 
     close_s: float = 0.0
     clear: bool = False
+    slots: int = 0
+    slots_s: float = 0.0
 
 
 # -- gateway to supervisor --------------------------------------------------------------------------------------
@@ -196,6 +211,8 @@ class GatewayHeartbeat(Message, frozen=True, tag=25):
 
     open_requests: int
     sockets: int = 0
+    #: It takes no more requests: somebody asked it to end, or it was without a supervisor for too long.
+    draining: bool = False
 
 
 class Casualties(Message, frozen=True, tag=26):
@@ -229,7 +246,10 @@ class StatusRequest(Message, frozen=True, tag=32):
 
 
 class LoadRequest(Message, frozen=True, tag=33):
-    """Load the model folder at `path` under `id`. Answers: `Progress` any number of times, then `Result`."""
+    """Load the model folder at `path` under `id`. Answers: `Progress` any number of times, then `Result`.
+
+    An empty path stands for the folder of a model that is known by its id.
+    """
 
     id: str
     path: str
@@ -270,7 +290,7 @@ class HandoverRequest(Message, frozen=True, tag=39):
 
 
 class FitRequest(Message, frozen=True, tag=40):
-    """Ask whether the model folder at `path` would fit under `id`; answered by `FitReply`."""
+    """Ask whether the model folder at `path` (empty: the known one) would fit under `id`; answered by `FitReply`."""
 
     id: str
     path: str
@@ -281,6 +301,23 @@ class PinRequest(Message, frozen=True, tag=41):
 
     id: str
     pinned: bool
+
+
+class ReloadRequest(Message, frozen=True, tag=42):
+    """Check the configuration file, and take it over if it is good."""
+
+
+class CrashesRequest(Message, frozen=True, tag=43):
+    """Ask for the crashes that are kept, or for the one whose id is, or begins with, `id`: `CrashesReply`."""
+
+    id: str = ""
+
+
+class EventsRequest(Message, frozen=True, tag=44):
+    """Follow the journal: the newest `last` entries written after `since` (Unix time), then each new one, for ever."""
+
+    last: int = 0
+    since: float = 0.0
 
 
 class StatusReply(Message, frozen=True, tag=48):
@@ -300,18 +337,31 @@ class Progress(Message, frozen=True, tag=49):
 
 
 class Result(Message, frozen=True, tag=50):
-    """End of a command. `exit_code` is a `CliExit`."""
+    """End of a command. `exit_code` is a `CliExit`; `code`, if it failed, a key of `protocol.errors`."""
 
     exit_code: int
     message: str
     old_pid: int = 0
     new_pid: int = 0
+    code: str = ""
 
 
 class FitReply(Message, frozen=True, tag=51):
     """The document lmx.fit/1, encoded as JSON."""
 
     document: bytes
+
+
+class CrashesReply(Message, frozen=True, tag=52):
+    """The document lmx.crashes/1, encoded as JSON."""
+
+    document: bytes
+
+
+class JournalEntry(Message, frozen=True, tag=53):
+    """One entry of the journal, encoded as JSON; `ts` in it is Unix time."""
+
+    line: bytes
 
 
 Hello = WorkerHello | GatewayHello | CliHello | SpareHello
@@ -328,12 +378,15 @@ FromCli = (
     | HandoverRequest
     | FitRequest
     | PinRequest
+    | ReloadRequest
+    | CrashesRequest
+    | EventsRequest
 )
 ToSupervisor = Hello | FromWorker | FromGateway | FromCli
 
 ToWorker = Welcome | Drain | Stop | Ping | Relieve
 ToGateway = Welcome | Drain | Stop | Ping | Catalog
-ToCli = StatusReply | Progress | Result | FitReply
+ToCli = StatusReply | Progress | Result | FitReply | CrashesReply | JournalEntry
 ToSpare = Welcome | Stop | Ping | Assign
 FromSupervisor = ToWorker | ToGateway | ToCli | ToSpare
 

@@ -55,6 +55,8 @@ class Home:
         self.control_socket = self.run / "supervisor.sock"
         self.lock = self.run / "supervisor.lock"
         self.admin_key = self.root / "admin.key"
+        self.journal = self.state / "events.jsonl"
+        self.audit = self.root / "audit.db"
         self.keys = self.state / "keys"
 
     def endpoint(self, slot: str, incarnation: int) -> Path:

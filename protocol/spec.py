@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import msgspec
 
-from protocol.config import GatewayConfig, LifecycleConfig, LimitsConfig, ModelsConfig, SecurityConfig
+from protocol.config import AuditConfig, GatewayConfig, LifecycleConfig, LimitsConfig, ModelsConfig, SecurityConfig
 
 SpecT = TypeVar("SpecT", bound=msgspec.Struct)
 
@@ -18,6 +18,8 @@ class MemoryLimits(msgspec.Struct, frozen=True):
     buffer_bytes: int = 0
     clear_above_bytes: int = 256 * 1024 * 1024
     clear_every_s: float = 300.0
+    #: What the caches of all requests together may take: more is not promised to them. 0 promises everything.
+    kv_bytes: int = 0
     #: What may be kept of earlier prompts; 0 keeps nothing.
     prefix_bytes: int = 0
 
@@ -73,6 +75,9 @@ class GatewaySpec(msgspec.Struct, frozen=True):
     admin_digest: str = ""
     #: Where the inference keys are; without it there are none.
     keys_file: str = ""
+    audit: AuditConfig = AuditConfig()
+    #: Where requests are noted; without it they are not.
+    audit_file: str = ""
 
 
 def write_spec(file: Path, spec: msgspec.Struct) -> None:

@@ -27,6 +27,9 @@ class Account:
     settled_mlx: int = 0
     ready_since: float | None = None
     told_at: float = 0.0
+    told_slots: int = 0
+    #: Its speed as a share of what it was here before; None until it was timed.
+    pace: float | None = None
     replaced_at: float | None = None
     #: It does not fit: its next process waits, in words that stand in `Managed.blocked`.
     short: bool = False
@@ -43,4 +46,6 @@ class Account:
         self.incarnation = incarnation
         self.served = self.peak = self.settled = self.settled_mlx = 0
         self.watch, self.busy, self.ready_since, self.told_at = Watch(), False, None, 0.0
+        self.told_slots = 0
+        self.pace = None
         self.used_at = now

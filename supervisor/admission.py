@@ -29,6 +29,8 @@ _BUFFER_SHARE: Final = 0.1
 #: Prefixes of one model, unless configured: this part of the machine's memory, at most so much.
 _PREFIX_PART: Final = 16
 _MAX_PREFIXES: Final = 4 * 1024**3
+#: Sequences of `memory.kv_tokens` that a worker may keep beside the one that was reserved, where the machine is large.
+_FULL_BATCH: Final = 7
 
 
 class NoRoomError(Exception):
@@ -80,19 +82,24 @@ class Admission:
         kv = account.need - found.idle if found is not None else 0
         settled = account.settled + kv if account.settled else 0
         prefixes = 0 if found is None else found.prefix_bytes
-        return ledger.worker_limit(account.need + prefixes, settled + prefixes, self._budget, self._config)
+        wish = 0 if found is None else _FULL_BATCH * found.kv.bytes_for(found.tokens)
+        return ledger.worker_limit(account.need + prefixes, settled + prefixes, self._budget, self._config, wish)
 
     def limits(self, model: str) -> MemoryLimits:
         """Return what MLX is told to keep to in the next process of a model."""
         config, managed = self._config, self._host.find(model)
         limit = 0 if managed is None else self.limit_of(managed)
         share = min(_MAX_BUFFERS, max(_MIN_BUFFERS, int(limit * _BUFFER_SHARE))) if limit else 0
+        buffers = config.buffer_bytes or share
+        prediction = None if managed is None else managed.account.prediction
+        idle, reserved = (0, 0) if prediction is None else (prediction.idle, prediction.need - prediction.idle)
         return MemoryLimits(
             memory_bytes=max(limit - BASE_BYTES, limit // 2),
-            buffer_bytes=config.buffer_bytes or share,
+            buffer_bytes=buffers,
             clear_above_bytes=config.clear_above_bytes,
             clear_every_s=config.clear_every_s,
-            prefix_bytes=0 if managed is None or not (found := managed.account.prediction) else found.prefix_bytes,
+            kv_bytes=ledger.cache_budget(limit, idle, reserved, buffers, config),
+            prefix_bytes=0 if prediction is None else prediction.prefix_bytes,
         )
 
     async def fit(self, model: str, path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from protocol import __version__, control
 from protocol.messages import Message
 from protocol.paths import Home, UnsafeHomeError, default_home, expanded
 from protocol.states import CliExit
+from supervisor.cli_audit import audit
 from supervisor.cli_keys import keys
 from supervisor.client import Client, UnreachableError, WaitedTooLongError
 
@@ -66,6 +67,7 @@ def cli(context: click.Context, home: Path | None) -> None:
 
 
 cli.add_command(keys)
+cli.add_command(audit)
 
 
 @cli.command()
@@ -205,6 +207,17 @@ def crashes(home: Home, crash: str | None, as_json: bool) -> None:
     from supervisor.cli_crashes import show_crashes
 
     show_crashes(home, crash, as_json=as_json)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the document lmx.doctor/1.")
+@click.pass_obj
+@_reports
+def doctor(home: Home, as_json: bool) -> None:
+    """Look for what would keep LMX from serving well. Exit 1 if something is broken."""
+    from supervisor.cli_doctor import show
+
+    show(home, as_json=as_json)
 
 
 @cli.command()

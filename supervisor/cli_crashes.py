@@ -3,17 +3,15 @@
 import json
 import sys
 import time
-from typing import Any, Final
+from typing import Final
 
 import click
-import msgspec
 
 from protocol.paths import Home
 from protocol.states import CliExit
-from supervisor.crashes import CrashRecord, CrashStore, UnknownCrashError
+from supervisor.crashes import CrashRecord, CrashStore, UnknownCrashError, document
 from supervisor.screen import duration, size
 
-CRASHES_SCHEMA: Final = "lmx.crashes/1"
 _HEADINGS: Final = ("CRASH", "MODEL", "CLASS", "HOW", "PHASE", "UP", "AGE")
 #: Samples and requests a person wants to see; --json has them all.
 _SHOWN: Final = 10
@@ -22,30 +20,17 @@ _SHOWN: Final = 10
 def show_crashes(home: Home, crash: str | None, *, as_json: bool) -> None:
     """Print the list of crashes, or the one whose id is, or begins with, `crash`; exit 1 if there is none such."""
     store = CrashStore(home.crashes)
-    if crash is None:
-        records = store.records()
-        document: dict[str, Any] = {"schema": CRASHES_SCHEMA, "crashes": [_plain(record) for record in records]}
-        click.echo(json.dumps(document, indent=2) if as_json else crashes_text(records, time.time()))
-        return
     try:
-        record = store.read(crash)
+        if as_json:
+            click.echo(json.dumps(document(store, crash or ""), indent=2))
+        elif crash is None:
+            click.echo(crashes_text(store.records(), time.time()))
+        else:
+            record = store.read(crash)
+            click.echo(crash_text(record, store.stacks(record), time.time()))
     except UnknownCrashError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(CliExit.FAILED)
-    stacks = store.stacks(record)
-    if as_json:
-        document = {"schema": CRASHES_SCHEMA, "crash": {**_plain(record), "stderr": record.stderr_tail}}
-        document["crash"]["stacks"] = stacks or None
-        click.echo(json.dumps(document, indent=2))
-    else:
-        click.echo(crash_text(record, stacks, time.time()))
-
-
-def _plain(record: CrashRecord) -> dict[str, Any]:
-    fields: dict[str, Any] = msgspec.to_builtins(record)
-    del fields["stderr_tail"], fields["stacks"]
-    fields["has_stacks"] = bool(record.stacks)
-    return fields
 
 
 def crashes_text(records: list[CrashRecord], now: float) -> str:

@@ -5,6 +5,7 @@ import datetime as dt
 import fcntl
 import json
 import os
+import pwd
 import re
 import secrets
 import sys
@@ -91,6 +92,7 @@ def create(home: Home, /, *, name: str, as_json: bool, expires: float | None, **
         return (*present, record)
 
     _change(home, add)
+    _note(home, "key_created", record)
     if as_json:
         click.echo(json.dumps({"schema": KEYS_SCHEMA, "key": key, "keys": [_plain(record, time.time())]}, indent=2))
         return
@@ -121,13 +123,18 @@ def list_(home: Home, as_json: bool) -> None:
 def revoke(home: Home, key: str) -> None:
     """Revoke KEY, a name or an id: its next request is refused."""
 
+    revoked: list[KeyRecord] = []
+
     def drop(present: tuple[KeyRecord, ...]) -> tuple[KeyRecord, ...]:
-        kept = tuple(record for record in present if key not in {record.id, record.name})
+        revoked[:] = [record for record in present if key in {record.id, record.name}]
+        kept = tuple(record for record in present if record not in revoked)
         if len(kept) == len(present):
             _fail(f"there is no key {key[:64]!r}: see lmx-supervisor keys list")
         return kept
 
     _change(home, drop)
+    for record in revoked:
+        _note(home, "key_revoked", record)
     click.echo(f"{key} is revoked")
 
 
@@ -179,6 +186,20 @@ def _change(home: Home, change: Callable[[tuple[KeyRecord, ...]], tuple[KeyRecor
         _fail(str(error))
     except OSError as error:
         _fail(f"the keys could not be stored: {error.strerror or error}")
+
+
+def _note(home: Home, what: str, record: KeyRecord) -> None:
+    """Write down who changed which key, never the key."""
+    from supervisor.journal import add_apart
+
+    try:
+        by = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        by = ""
+    try:
+        add_apart(home.journal, what, key=record.id, name=record.name, scope=record.scope, by=by, uid=os.getuid())
+    except OSError as error:
+        click.echo(f"warning: the journal did not take it: {error.strerror or error}", err=True)
 
 
 @contextlib.contextmanager

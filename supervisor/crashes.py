@@ -16,13 +16,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
 from protocol.logs import event
 from supervisor.exits import TRACEBACK, known_text, shown_type
 
+CRASHES_SCHEMA: Final = "lmx.crashes/1"
 #: Crashes that are kept, newest last to go.
 MAX_CRASHES: Final = 100
 MAX_STDERR_BYTES: Final = 8 * 1024
@@ -369,6 +370,25 @@ def _message(text: str) -> str:
 
 
 _DUMP_HEAD: Final = re.compile(r"(?:Current thread|Thread) 0x[0-9a-f]{1,16} ")
+
+
+def document(store: CrashStore, wanted: str) -> dict[str, Any]:
+    """Return the document lmx.crashes/1: every crash, or the one whose id is, or begins with, `wanted`.
+
+    Raises `UnknownCrashError`.
+    """
+    if not wanted:
+        return {"schema": CRASHES_SCHEMA, "crashes": [_plain(record) for record in store.records()]}
+    record = store.read(wanted)
+    more = {"stderr": record.stderr_tail, "stacks": store.stacks(record) or None}
+    return {"schema": CRASHES_SCHEMA, "crash": {**_plain(record), **more}}
+
+
+def _plain(record: CrashRecord) -> dict[str, Any]:
+    fields: dict[str, Any] = msgspec.to_builtins(record)
+    del fields["stderr_tail"], fields["stacks"]
+    fields["has_stacks"] = bool(record.stacks)
+    return fields
 
 
 def stacks_in(text: str) -> str:

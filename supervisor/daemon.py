@@ -39,6 +39,7 @@ from supervisor.prediction import History
 from supervisor.restarts import gateway_policy
 from supervisor.server import Connection, ControlServer
 from supervisor.store import ChildRecord, Desired, DesiredModel, Runtime, Store
+from supervisor.surroundings import Surroundings
 from supervisor.warden import Warden
 from supervisor.watching import Changes
 
@@ -65,7 +66,7 @@ class Daemon:
         self._config = config
         self._announce: Callable[[str, str], None] | None = announce
         self._platform = current_platform()
-        self._journal = Journal(home.state / "events.jsonl")
+        self._journal = Journal(home.journal)
         self._store = Store(home, self._platform, self._journal.write)
         self._intent = Intent(home, config, self._store, self._journal)
         self._changes = Changes()
@@ -80,6 +81,7 @@ class Daemon:
             self._admission,
             status=lambda: msgspec.json.encode(self._status()),
             resume=self._resume,
+            reload=self._take_over_config,
             hand_over=self._hand_over,
             stop=self._stop,
         )
@@ -93,6 +95,7 @@ class Daemon:
         )
         self._peers = Peers(self._host, self._catalog, self._handed_back, self._on_demand.wanted)
         self._server = ControlServer(home.control_socket, self._platform, self._greet)
+        self._surroundings = Surroundings(config, self._journal, self._host.guard, self._changed)
         self._listener: socket.socket | None = None
         self._before = Runtime()
         self._started_at = time.time()
@@ -117,7 +120,7 @@ class Daemon:
         loop = asyncio.get_running_loop()
         loop.set_default_executor(ThreadPoolExecutor(1, thread_name_prefix="look"))
         for number in _STOP_SIGNALS:
-            loop.add_signal_handler(number, self._stop, number.name)
+            loop.add_signal_handler(number, self._on_signal, number.name)
         # From a terminal that is closed it means the end; from an operator of a service, that a file has changed.
         if sys.stdin is not None and sys.stdin.isatty():
             loop.add_signal_handler(signal.SIGHUP, self._stop, signal.SIGHUP.name)
@@ -125,7 +128,10 @@ class Daemon:
             loop.add_signal_handler(signal.SIGHUP, self._reload)
         expected = self._remember()
         self._server.open()
-        tasks = [loop.create_task(task) for task in (self._beat(), self._warden.run(), self._save_again())]
+        tasks = [
+            loop.create_task(task)
+            for task in (self._beat(), self._warden.run(), self._save_again(), self._surroundings.run())
+        ]
         try:
             await self._restore(expected)
             tasks.append(loop.create_task(self._listen()))
@@ -159,6 +165,8 @@ class Daemon:
             now=self._started_at,
             panic=self._panic_since,
         )
+        if not self._before.last_clean_shutdown:
+            self._host.recovery.expect(self._before.loaded_models)
         expected = adoption.living(self._before, self._platform)
         for child in adoption.stale(self._before, self._platform):
             self._journal.write("stale_identity", level="WARNING", model=child.model, slot=child.slot, pid=child.pid)
@@ -265,7 +273,7 @@ class Daemon:
             case control.SpareHello():
                 await self._peers.spare(hello, connection)
             case control.CliHello():
-                await self._commands.serve(connection)
+                await self._commands.serve(hello, connection)
 
     async def _beat(self) -> None:
         while True:
@@ -363,6 +371,7 @@ class Daemon:
             now=time.monotonic(),
         )
         document["memory"] = self._warden.document()
+        document |= self._surroundings.document()
         now = time.monotonic()
         for entry, managed in zip(document["models"], self._host.models(), strict=True):
             entry.update(self._warden.of_model(managed, now))
@@ -388,12 +397,16 @@ class Daemon:
         self._save()
 
     def _reload(self) -> None:
-        """Take a new configuration over by becoming the next image with it; keep the old one if it is bad."""
+        with contextlib.suppress(BadConfigError, UnsafeHomeError):
+            self._take_over_config()
+
+    def _take_over_config(self) -> None:
+        """Become the next image with a new configuration; keep the old one, and raise, if it is bad."""
         try:
             self._check_config()
         except (BadConfigError, UnsafeHomeError) as error:
             self._journal.write("config_rejected", level="ERROR", reason=str(error))
-            return
+            raise
         self._hand_over()
 
     def _hand_over(self) -> None:
@@ -436,8 +449,14 @@ class Daemon:
                 snapshot=self._status(),
             )
         )
+        if self._store.durable:
+            event("runtime_state_saved", level="DEBUG")
 
     # -- stop -----------------------------------------------------------------------------------------------------
+
+    def _on_signal(self, name: str) -> None:
+        event("sigterm_received", signal=name)
+        self._stop(name)
 
     def _stop(self, reason: str) -> None:
         if self._stopping.is_set():

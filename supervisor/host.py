@@ -32,6 +32,7 @@ from supervisor.journal import Journal
 from supervisor.launch import SPARE, Launcher
 from supervisor.managed import Managed
 from supervisor.platform.base import Platform
+from supervisor.recovery import Recovery
 from supervisor.restarts import RestartPolicy
 from supervisor.slot import Settings, Slot
 from supervisor.spare import Spare
@@ -74,6 +75,7 @@ class Host:
         self.spare = Spare(self.launcher, platform, journal, config.lifecycle, changed) if config.worker.spare else None
         #: Called before a model's process is started, so that a panic while it loads finds its name on disk.
         self.before_load: Callable[[str], None] = lambda _model: None
+        self.recovery = Recovery(journal)
         #: Asked before a model's process is started, at a monotonic time: whether there is room for it.
         self.gate: Callable[[Managed, float], bool] = lambda _managed, _now: True
 
@@ -161,6 +163,17 @@ class Host:
             incarnation=slot.incarnation,
             reason=slot.reason,
         )
+        if not managed.model:
+            return
+        end = slot.last_exit
+        if (
+            slot.state is ModelState.QUARANTINED
+            and end is not None
+            and end is not before.last_exit
+            and not end.permanent
+        ):
+            self.journal.write("crash_loop_detected", level="ERROR", model=managed.model, reason=slot.reason)
+        self.recovery.on_state(managed.model, slot.state, slot.reason)
 
     # -- processes ------------------------------------------------------------------------------------------------
 
@@ -365,6 +378,12 @@ class Host:
         old.name = f"{GATEWAY}.{old.slot.incarnation}"
         self.slots[old.name] = old
         self.feed(old, ev.Unwant())
+
+    def relieve_gateway(self, managed: Managed) -> None:
+        """Replace a gateway that somebody else has told to end, before its last request has: it refuses new ones."""
+        if managed is self.slots.get(GATEWAY) and managed.slot.state is ModelState.READY and managed.slot.wanted:
+            self.journal.write("gateway_relieved", level="WARNING", pid=managed.slot.pid)
+            self.replace_gateway()
 
     def release(self) -> None:
         """Start to start: everything that could be adopted has been."""

@@ -43,7 +43,10 @@ class Intent:
         panics = panic_loop(self._desired.strikes, now)
         if panics:
             self._change(safe_mode=panics)
-        self.safe_mode = self._desired.safe_mode or crash_loop_of_supervisor(self.starts, now, self._config.lifecycle)
+        crash_loop = crash_loop_of_supervisor(self.starts, now, self._config.lifecycle)
+        if crash_loop:
+            self._journal.write("crash_loop_detected", level="ERROR", reason=crash_loop)
+        self.safe_mode = self._desired.safe_mode or crash_loop
         if self.safe_mode:
             self._journal.write("safe_mode_activated", level="ERROR", reason=self.safe_mode)
 

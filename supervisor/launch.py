@@ -51,6 +51,8 @@ class Launcher:
             limits=config.limits,
             admin_digest=self._admin_digest(),
             keys_file=str(home.keys),
+            audit=config.audit,
+            audit_file=str(home.audit) if config.audit.enabled else "",
         )
         write_spec(file, spec)
         output = home.logs / f"{name}.out"

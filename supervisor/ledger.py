@@ -19,6 +19,8 @@ _RESERVE: Final = 8 * _GIB
 _MAX_RESERVE_SHARE: Final = 0.25
 _MIN_HEADROOM: Final = _GIB
 _HEADROOM: Final = 0.5
+#: Of the budget a worker may have for the caches of a full batch, whatever its weights.
+_MAX_WISH_SHARE: Final = 0.25
 
 
 class Machine(msgspec.Struct, frozen=True):
@@ -193,19 +195,32 @@ def largest(uses: Sequence[Use]) -> str:
     return max(known)[1] if known else ""
 
 
-def worker_limit(need: int, settled: int, limit: int | None, config: MemoryConfig) -> int:
+def worker_limit(need: int, settled: int, limit: int | None, config: MemoryConfig, wish: int = 0) -> int:
     """Return what one worker may occupy; 0 is no limit, for a model of which nothing is known.
 
     `settled` is what the present process occupied once it was ready, 0 before: a prediction that was too small must not
-    end a process that does nothing wrong. `limit` is the budget of the host.
+    end a process that does nothing wrong. `limit` is the budget of the host. `wish` is what the caches of a full batch
+    would take beyond what was reserved; it gets at most a quarter of that budget.
     """
     if config.worker_limit_bytes:
         return config.worker_limit_bytes
     base = max(need, settled)
     if not base:
         return 0
-    wanted = base + max(_MIN_HEADROOM, int(base * _HEADROOM))
+    wish = wish if limit is None else min(wish, int(limit * _MAX_WISH_SHARE))
+    wanted = base + max(_MIN_HEADROOM, int(base * _HEADROOM), wish)
     return wanted if limit is None else max(min(wanted, limit), base)
+
+
+def cache_budget(limit: int, idle: int, reserved: int, buffers: int, config: MemoryConfig) -> int:
+    """Return what the caches of all requests of a worker may take together; 0 is no limit, for one without a limit.
+
+    They stay below the mark at which the worker would stop to take requests, beside what it occupies when `idle` and
+    the `buffers` that MLX may keep; but what was `reserved` for them when it was loaded is theirs in any case.
+    """
+    if not limit or not idle > 0:
+        return 0
+    return max(1, reserved, int(limit * config.soft) - idle - buffers)
 
 
 def gib(count: int) -> str:

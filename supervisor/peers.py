@@ -130,8 +130,10 @@ class Peers:
             case control.Heartbeat():
                 managed.heartbeat = message
                 feed(managed, ev.Beat(message.phase, message.step))
-            case control.GatewayHeartbeat():
+            case control.GatewayHeartbeat(draining=draining):
                 feed(managed, ev.Beat(Phase.IDLE, 0))
+                if draining:
+                    self._host.relieve_gateway(managed)
             case control.Casualties(model, incarnation, requests):
                 self._host.crashes.name_casualties(model, incarnation, requests)
             case control.Misbehaved(model, incarnation):

@@ -59,9 +59,11 @@ UNREADABLE: Final = Prediction(0, 0, 0, KvShape(), 0)
 
 
 class Memories(msgspec.Struct, frozen=True):
-    """The state file: what was learnt, by model."""
+    """The state file: what was learnt of memory and speed, by model."""
 
     models: dict[str, Learnt] = {}
+    #: Seconds per token of one request alone.
+    paces: dict[str, float] = {}
 
 
 class History:
@@ -70,12 +72,14 @@ class History:
     def __init__(self, file: Path) -> None:
         self._file = StateFile(file, kind="lmx.memory", schema=_SCHEMA, shape=Memories)
         self._models: dict[str, Learnt] = {}
+        self._paces: dict[str, float] = {}
 
     def load(self) -> None:
         """Read what earlier supervisors learnt."""
         loaded = self._file.load()
         if loaded.payload is not None:
             self._models = dict(loaded.payload.models)
+            self._paces = dict(loaded.payload.paces)
 
     def of(self, key: str) -> Learnt | None:
         """Return what is known of a model."""
@@ -87,8 +91,23 @@ class History:
         self._models[key] = Learnt(idle, max(0, peak - idle), time.time())
         while len(self._models) > _MAX_LEARNT:
             self._models.pop(next(iter(self._models)))
+        self._save()
+
+    def pace_of(self, key: str) -> float:
+        """Return the seconds per token that a load of the model is held against, 0 if none is known."""
+        return self._paces.get(key, 0.0)
+
+    def learn_pace(self, key: str, step_s: float) -> None:
+        """Note what the next load is held against."""
+        self._paces.pop(key, None)
+        self._paces[key] = step_s
+        while len(self._paces) > _MAX_LEARNT:
+            self._paces.pop(next(iter(self._paces)))
+        self._save()
+
+    def _save(self) -> None:
         try:
-            self._file.save(Memories(self._models))
+            self._file.save(Memories(self._models, self._paces))
         except OSError:
             return  # the state files that matter say that the disk is full
 

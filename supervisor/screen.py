@@ -53,6 +53,10 @@ def status_text(document: dict[str, Any]) -> str:
         lines.append(f"gateway     {pid}{gateway['state']}, {gateway['url'] or 'not listening'}{_restarts(gateway)}")
     if document.get("memory"):
         lines.append(_memory(document["memory"]))
+    lines += [f"LAUNCHD: {_one_line(problem)}" for problem in document.get("job_problems", ())]
+    if (document.get("thermal") or {}).get("status") == "throttled":
+        thermal = document["thermal"]
+        lines.append(f"THROTTLED: the GPU runs at {thermal['gpu_freq_mhz']:.0f} MHz though it has work; it is too hot")
     lines.append("")
     if not document["models"]:
         lines.append("no models; load one with: lmx-supervisor load smollm2-135m-instruct")
@@ -132,12 +136,19 @@ def _note(model: dict[str, Any]) -> str:
     if model.get("blocked"):
         return f"{model['id']}: {_one_line(model['blocked'])}"
     if model["state"] != "quarantined":
-        return ""
+        return _slowness(model)
     reason = _one_line(model["reason"] or "")[:_MAX_REASON]
     hint = (model["last_exit"] or {}).get("hint")
     reason += f"\n  {hint}" if hint else ""
     probe = f"; tried again by itself in {duration(model['probe_in_s'])}" if model.get("probe_in_s") else ""
     return f"{model['id']} was set aside: {reason}{probe}\n  try again with: lmx-supervisor reset {model['id']}"
+
+
+def _slowness(model: dict[str, Any]) -> str:
+    if not model.get("slow") or model["state"] != "ready":
+        return ""
+    pace = f"{model['pace']:.2f} of its usual speed"
+    return f"{model['id']} generates at {pace}: is the GPU held back? lmx-supervisor doctor"
 
 
 def _one_line(text: str) -> str:

@@ -166,6 +166,9 @@ def _model(managed: Managed, now: float) -> dict[str, Any]:
         "progress": {"done_bytes": slot.done_bytes, "total_bytes": slot.total_bytes},
         "running": beat.running if beat else None,
         "waiting": beat.waiting if beat else None,
+        "concurrent_limit": (beat.concurrent_limit or None) if beat else None,
+        "kv_reserved_bytes": beat.kv_reserved_bytes if beat else None,
+        "kv_limit_bytes": (beat.kv_limit_bytes or None) if beat else None,
         "active_bytes": beat.active_bytes if beat else None,
         "heartbeat_late": slot.late,
     }

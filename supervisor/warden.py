@@ -7,12 +7,14 @@ from typing import Any, Final
 
 from protocol import control
 from protocol.states import ModelState, Phase
-from supervisor import enforcement, ledger
+from supervisor import concurrency, enforcement, ledger
 from supervisor import events as ev
 from supervisor.admission import Admission
+from supervisor.concurrency import Concurrency
 from supervisor.enforcement import Order, Whole
 from supervisor.host import GATEWAY, Host
 from supervisor.managed import Managed
+from supervisor.pace import SLOW, PaceKeeper
 from supervisor.platform.base import Pressure
 from supervisor.prediction import UNREADABLE, History, key_of
 
@@ -45,7 +47,9 @@ class Warden:
         self._history = history
         self._changed = changed
         self._config = host.config.memory
+        self._pace = PaceKeeper(host.journal, history, host.config.worker.module)
         self._whole = Whole()
+        self._concurrency = Concurrency()
         self._machine = host.meter.machine()
         self._pressure: Pressure | None = host.meter.pressure()
         self._weighed_at: dict[str, float] = {}
@@ -139,10 +143,11 @@ class Warden:
             self._changed()
         if order is not Order.NOTHING and found is not None:
             self._obey(managed, order, found, limit, now)
-        if account.watch.closed and now - account.told_at >= _TELL_S:
-            account.told_at = now
-            managed.tell(control.Relieve(_CLOSE_S))
+        slots = self._slots_of(managed)
+        if slots != account.told_slots or ((slots or account.watch.closed) and now - account.told_at >= _TELL_S):
+            self._tell(managed, now)
         if slot.state is ModelState.READY:
+            self._pace.look(managed)
             self._settle(managed, now)
             self._rotate(managed, now, idle=idle)
 
@@ -159,12 +164,10 @@ class Warden:
         account.busy = in_flight or (beat.phase in _BUSY and now - account.used_at < _WEIGH_S)
 
     def _obey(self, managed: Managed, order: Order, found: int, limit: int, now: float) -> None:
-        account = managed.account
         share = round(found / limit, 3) if limit else 0.0
         if order in {Order.EASE, Order.ADMIT}:
             closed = order is Order.EASE
-            account.told_at = now
-            managed.tell(control.Relieve(_CLOSE_S if closed else 0.0, clear=closed))
+            self._tell(managed, now, clear=closed)
             self._host.journal.write(
                 "memory_high" if closed else "memory_eased",
                 level="WARNING" if closed else "INFO",
@@ -178,6 +181,18 @@ class Warden:
             self._replace(managed, f"it uses {ledger.gib(found)} of {ledger.gib(limit)}", found, now)
         elif order is Order.END:
             self._end(managed, "memory_limit", f"it used {ledger.gib(found)} of {ledger.gib(limit)}", found)
+
+    def _tell(self, managed: Managed, now: float, *, clear: bool = False) -> None:
+        """Say to a worker what memory allows it."""
+        account = managed.account
+        account.told_at, account.told_slots = now, self._slots_of(managed)
+        close_s = _CLOSE_S if account.watch.closed else 0.0
+        managed.tell(control.Relieve(close_s, clear, account.told_slots, _CLOSE_S if account.told_slots else 0.0))
+
+    def _slots_of(self, managed: Managed) -> int:
+        """Return how many requests a model may run at once, 0 for all that are configured."""
+        found = managed.capabilities
+        return 0 if found is None else concurrency.slots(self._concurrency, found.max_concurrent_requests)
 
     def _replace(self, managed: Managed, why: str, found: int, now: float) -> None:
         account, slot = managed.account, managed.slot
@@ -252,6 +267,7 @@ class Warden:
         self._machine, self._pressure = meter.machine(), meter.pressure()
         used = self._machine.used_share
         self._whole, dire = enforcement.whole(before, used, self._pressure, self._config, now)
+        self._adapt(used, now)
         if self._whole.shedding != before.shedding:
             self._host.journal.write(
                 "load_shedding_on" if self._whole.shedding else "load_shedding_off",
@@ -275,6 +291,15 @@ class Warden:
         for managed in self._host.models():
             if managed.slot.state is ModelState.READY and not managed.account.watch.closed:
                 managed.tell(control.Relieve(clear=True))
+
+    def _adapt(self, used: float | None, now: float) -> None:
+        before = self._concurrency.share
+        self._concurrency = concurrency.adapt(self._concurrency, used, self._config, now)
+        share = self._concurrency.share
+        if share != before:
+            found = None if used is None else round(used, 3)
+            self._host.journal.write("concurrency_adapted", share=share, used_share=found)
+            self._changed()
 
     def _end_largest(self, now: float) -> None:
         model = ledger.largest(self._admission.uses())
@@ -307,6 +332,7 @@ class Warden:
             "free_bytes": ledger.free(machine, self._admission.uses(), config),
             "pressure": None if self._pressure is None else self._pressure.name.lower(),
             "shedding": self._whole.shedding,
+            "concurrency_share": self._concurrency.share,
             "monitored": not self._whole.unmonitored,
         }
 
@@ -323,4 +349,6 @@ class Warden:
             "idle_s": round(now - account.used_at, 1) if managed.slot.pid and account.used_at else None,
             "closed": account.watch.closed and managed.slot.pid != 0,
             "monitored": not account.watch.unmonitored,
+            "pace": None if account.pace is None else round(account.pace, 2),
+            "slow": account.pace is not None and account.pace < SLOW,
         }

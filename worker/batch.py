@@ -14,7 +14,8 @@ from worker.groups import Groups
 from worker.jobs import AT_LENGTH, AT_STOP, GOES_ON, NO_SCORES, NO_TOKEN, Job, Scored, Scores, Token
 from worker.logprobs import Record, Recorder
 from worker.penalties import make_processors
-from worker.prefix_cache import PrefixCache
+from worker.prefill import PromptTurns
+from worker.prefix_cache import NoPrefixes, PrefixCache
 from worker.sampling import Samplers, Spread
 from worker.scoring import PromptScorer, Scoring
 
@@ -66,6 +67,7 @@ class BatchBackend:
         self._samplers = Samplers()
         self._scorer = PromptScorer(model, step_tokens=prefill_tokens)
         self._groups = Groups()
+        self._prompts = PromptTurns(prefill_tokens, min(_PREFILL_BATCH, slots))
         self._jobs: dict[int, int] = {}
         self._uids: dict[int, int] = {}
         self._unanswered: set[int] = set()
@@ -76,7 +78,7 @@ class BatchBackend:
         #: All jobs, whatever their stage.
         self._alive: set[int] = set()
         self._scores: Scores = NO_SCORES
-        self._prefixes = prefixes
+        self._prefixes = prefixes or NoPrefixes()
         #: Jobs whose prefix is being read, and whether each leads a group.
         self._searching: dict[int, tuple[Job, Any, bool]] = {}
 
@@ -94,10 +96,17 @@ class BatchBackend:
         return self._scores
 
     def insert(self, job: Job) -> None:
-        """Queue the job; it joins the batch at the next step that has room, or once its prompt has been processed."""
+        """Queue the job; it begins at a step that has room for its prompt, or once that has been processed."""
         self._alive.add(job.id)
         self._unanswered.add(job.id)
+        if job.scores_prompt:  # has chunks of its own
+            self._begin(job)
+        else:
+            self._prompts.add(job)
+
+    def _begin(self, job: Job) -> None:
         if self._groups.wait(job):
+            self._prompts.drop(job.id)
             return
         cache = None if job.scores_prompt else self._cache_of_living(job)
         if cache is None:
@@ -124,8 +133,7 @@ class BatchBackend:
 
     def step(self) -> list[Token]:
         """Run one decode step of all sequences, then one prefill chunk and one chunk of prompts to be scored."""
-        if self._prefixes is not None:
-            self._take_in(self._prefixes)
+        self._begin_prompts()
         prompts, responses = self._generator.next()
         tokens = [(self._jobs[r.uid], r.token, _ENDS[r.finish_reason]) for r in responses]
         self._scores = self._collect_scores(responses) if self._recorders and responses else NO_SCORES
@@ -134,19 +142,38 @@ class BatchBackend:
         for job, _, end in tokens:
             if end != GOES_ON:
                 self._forget(job)
-        if self._leading:
-            for response in prompts:
-                if self._leading.get(response.uid) == response.progress[0]:
-                    self._share_prompt(response.uid)
+        if prompts:
+            self._note_progress(prompts)
         if self._scorer:
             with mx.stream(self._generator.stream):
                 scored = self._scorer.step()
             for scoring in scored:
                 tokens += self._go_on_scored(scoring)
-        if self._prefixes is not None:
-            with mx.stream(self._generator.stream):
-                self._prefixes.harvest(*lean.batches_of(self._generator), prefilled=bool(prompts))
+        with mx.stream(self._generator.stream):
+            self._prefixes.harvest(*lean.batches_of(self._generator), prefilled=bool(prompts))
         return tokens
+
+    def _begin_prompts(self) -> None:
+        """Put prompts into the generator: those whose prefix has been read, and those whose turn it is."""
+        wait_s = _READ_WAIT_S if self._searching and not (self._uids or self._scorer) else 0.0
+        self._prefixes.take_in([search for _, search, _ in self._searching.values()], wait_s)
+        for job, search, leads in list(self._searching.values()):
+            if self._prefixes.arrived(search):
+                del self._searching[job.id]
+                self._enter_found(job, search, leads=leads)
+        while (next_job := self._prompts.next(self._groups.shares)) is not None:
+            self._begin(next_job)
+        self._generator.prefill_step_size = self._prompts.chunk()
+
+    def _note_progress(self, prompts: Iterable[Any]) -> None:
+        """Note how far prompts have come; one that leads a group and is done is shared."""
+        for response in prompts:
+            job_id = self._jobs.get(response.uid)
+            if job_id is not None:
+                done, total = response.progress
+                self._prompts.progress(job_id, 0 if response.end_of_prompt else total - done)
+                if self._leading.get(response.uid) == done:
+                    self._share_prompt(response.uid)
 
     def generate(self, prompt: list[int], max_tokens: int) -> list[int]:
         """Return greedy tokens of one prompt, run alone: the canary, and the reference in tests."""
@@ -163,33 +190,21 @@ class BatchBackend:
         if job.scores_prompt:
             self._scorer.add(job)
             return
-        prefixes = self._prefixes
-        if prefixes is None:
-            self._enter(job, leads=leads)
-            return
         # The last token is always processed; of a group's leader the last two: the others wait for its prompt.
         most = len(job.prompt) - 2 if leads else len(job.prompt) + len(job.said) - 1
-        search = prefixes.search(job.prompt + job.said, job.salt, most)
-        if prefixes.arrived(search):
-            self._enter_found(prefixes, job, search, leads=leads)
+        search = self._prefixes.search(job.prompt + job.said, job.salt, most)
+        if self._prefixes.arrived(search):
+            self._enter_found(job, search, leads=leads)
         else:
             self._searching[job.id] = (job, search, leads)
 
-    def _take_in(self, prefixes: PrefixCache) -> None:
-        """Go on with the jobs whose prefix has been read."""
-        idle = not (self._uids or self._scorer)
-        prefixes.take_in([search for _, search, _ in self._searching.values()], _READ_WAIT_S if idle else 0.0)
-        for job, search, leads in list(self._searching.values()):
-            if prefixes.arrived(search):
-                del self._searching[job.id]
-                self._enter_found(prefixes, job, search, leads=leads)
-
-    def _enter_found(self, prefixes: PrefixCache, job: Job, search: Any, *, leads: bool) -> None:
+    def _enter_found(self, job: Job, search: Any, *, leads: bool) -> None:
         with mx.stream(self._generator.stream):
-            cache, done = prefixes.give(search)
+            cache, done = self._prefixes.give(search)
         job.reused.tokens = min(done, len(job.prompt))
         self._enter(job, cache, done, leads=leads, stop_at=search.stop_at)
-        prefixes.follow(self._uids[job.id], search, done)
+        self._prompts.progress(job.id, len(job.prompt) + len(job.said) - done)
+        self._prefixes.follow(self._uids[job.id], search, done)
 
     def _enter(
         self, job: Job, cache: list[Any] | None = None, done: int = 0, *, leads: bool = False, stop_at: int = 0
@@ -198,6 +213,7 @@ class BatchBackend:
         recorders = [] if job.logprobs is None else [Recorder(job.logprobs)]
         spread = Spread(job.temperature, job.top_p, job.top_k, job.min_p)
         tokens, begun = job.prompt + job.said, len(job.prompt) - 1
+        done = 0 if cache is None else done
         cuts = [done, *([stop_at] if stop_at > done else []), *([begun] if leads else []), len(tokens)]
         segments = [tokens[first:end] for first, end in pairwise(cuts)]
         (uid,) = self._generator.insert_segments(
@@ -219,13 +235,13 @@ class BatchBackend:
         """Forget a job that is over; return the one that has to process their common prompt instead of it."""
         self._alive.remove(job)
         self._unanswered.discard(job)
+        self._prompts.drop(job)
         self._prompt_scores.pop(job, None)
         self._searching.pop(job, None)
         uid = self._uids.pop(job, None)
         if uid is not None:
             del self._jobs[uid]
-            if self._prefixes is not None:
-                self._prefixes.leave(uid)
+            self._prefixes.leave(uid)
             self._leading.pop(uid, None)
             self._recorders.pop(uid, None)
         return self._groups.leave(job)
@@ -247,7 +263,7 @@ class BatchBackend:
             if job.scores_prompt:
                 self._prompt_scores[job.id] = scoring.scores
             if job.max_tokens > 0:
-                self._enter(job, scoring.cache or None, len(job.prompt) - 1 if scoring.cache else 0)
+                self._enter(job, scoring.cache or None, len(job.prompt) - 1)
                 continue
             ended.append((job.id, NO_TOKEN, AT_LENGTH))
             self._scores = {**self._scores, job.id: scoring.scores}

@@ -7,9 +7,12 @@ import msgspec
 
 from protocol.data import Submit
 from worker.jobs import Answer, Job, Prepared
+from worker.room import Projection
 
 #: A deadline further away than this is this.
 _MAX_DEADLINE_S: Final = 86_400.0
+#: What began in a process that is gone was admitted there: it goes before all others.
+RESUMED: Final = 1_000
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -35,6 +38,12 @@ class Request(msgspec.Struct):
     completion_tokens: int = 0
     #: What the first delta begins with.
     echo: str = ""
+    #: Who asked, for turns: a key's id or an address.
+    client: str = ""
+    priority: int = 0
+    projection: Projection = Projection(0, 0)
+    #: Completion tokens at which more cache has to be promised.
+    grow_at: float = float("inf")
 
     @property
     def key(self) -> tuple[bytes, int]:
@@ -77,6 +86,8 @@ def enter(job: int, gateway: bytes, submit: Submit, prepared: Prepared, now: flo
             echo=submit.echo and not said,
             constraint=prepared.constraint,
             group=_number_group(gateway, submit.group),
+            client=submit.client,
+            priority=priority_of(submit),
             salt=submit.salt,
         ),
         gateway=gateway,
@@ -88,7 +99,14 @@ def enter(job: int, gateway: bytes, submit: Submit, prepared: Prepared, now: flo
         slot_by=now + limits.slot_timeout_s,
         completion_tokens=len(said),
         echo=prepared.echo if submit.echo and not said else "",
+        client=submit.client,
+        priority=priority_of(submit),
     )
+
+
+def priority_of(submit: Submit) -> int:
+    """Return the priority in line; higher goes first."""
+    return submit.priority if submit.resume is None else RESUMED
 
 
 def _number_group(gateway: bytes, rid: int) -> int:

@@ -31,6 +31,10 @@ class Groups:
         self._of_job[job.id] = group
         return True
 
+    def shares(self, job: Job) -> bool:
+        """Return whether another processes the job's prompt, or has done so: it costs nothing to begin with it."""
+        return self._find(job) is not None
+
     def living(self, job: Job) -> list[int]:
         """Return jobs whose caches begin with this job's prompt."""
         group = self._find(job)

@@ -40,8 +40,10 @@ from worker.jobs import (
     Warming,
 )
 from worker.link import RETRY_S, DataLink
+from worker.relief import Relief
 from worker.report import Report
 from worker.requests import NEVER, Book
+from worker.room import Room
 from worker.whole import WholeBook
 
 _FLUSH_S: Final = 1.0
@@ -81,7 +83,7 @@ class IoThread:
         self._drain_by = NEVER
         self._end_by = NEVER
         self._clear_at = now + spec.memory.clear_every_s
-        self._closed_until = NEVER
+        self._relief = Relief()
         self._exit_code = WorkerExit.ASKED
         self._done = False
 
@@ -173,7 +175,7 @@ class IoThread:
             self._drain_by if not self._report.drained else NEVER,
             self._end_by,
             self._clear_at,
-            self._closed_until,
+            self._relief.due,
             NEVER if self._lease_over else control.heard_at + self._lease_s,
             NEVER if control.connected else control.dial_at,
             NEVER if self._book is None else self._book.next_expiry,
@@ -201,8 +203,8 @@ class IoThread:
             self._clear_at = now + self._spec.memory.clear_every_s
             if book is not None:
                 self._commands.put(engine.Relieve(self._spec.memory.clear_above_bytes))
-        if now >= self._closed_until:
-            self._relieve(Relieve(), now)
+        if now >= self._relief.due:
+            self._relief.expire(now, book)
         if now >= self._end_by:
             self._give_up()
 
@@ -234,7 +236,7 @@ class IoThread:
     def _heartbeat(self) -> None:
         self._inbound.log_dropped()
         book = self._book
-        self._control.send(self._report.heartbeat(*((book.running, book.waiting, book.admitted) if book else (0, 0))))
+        self._control.send(self._report.heartbeat(book))
         if book is not None:
             self._link.probe(book.gateways, self._status.step)
 
@@ -250,6 +252,7 @@ class IoThread:
         while self._events:
             self._on_event(self._events.popleft(), now)
         if arrived & _ENDING_SIGNALS and not self._done:
+            event("sigterm_received")
             self._end(WorkerExit.ASKED, "signal", now)
 
     def _on_event(self, happened: Event, now: float) -> None:
@@ -285,10 +288,15 @@ class IoThread:
             tokenize=intake.tokenize,
             send=self._link.send,
             command=self._commands.put,
+            room=Room(loaded.cache, self._spec.memory.kv_bytes),
         )
         self._book = self._inbound.book = book
+        self._relief.apply(book, now)
         if self._report.draining:
             book.close_admission(_going_away(), now)
+        memory = self._spec.memory
+        every, above = memory.clear_every_s, memory.clear_above_bytes
+        event("metal_cache_maintenance_enabled", every_s=every, above_bytes=above)
         event("worker_ready", load_s=round(serving.load_s, 3), weight_bytes=loaded.capabilities.weight_bytes)
         self._control.send(self._report.on_serving(serving))
         self._heartbeat()
@@ -313,19 +321,11 @@ class IoThread:
             case Stop():
                 self._end(WorkerExit.ASKED, message.reason, now, _told(message))
             case Relieve():
-                self._relieve(message, now)
+                self._relief.ask(message, now, self._book)
+                if message.clear:
+                    self._commands.put(engine.Relieve(caches=True))
             case Ping():
                 pass  # hearing it was the point
-
-    def _relieve(self, message: Relieve, now: float) -> None:
-        closed = message.close_s > 0
-        if closed != (self._closed_until != NEVER):
-            event("admission_paused" if closed else "admission_resumed")
-        self._closed_until = now + message.close_s if closed else NEVER
-        if self._book is not None:
-            self._book.pause(now, paused=closed)
-        if message.clear:
-            self._commands.put(engine.Relieve(caches=True))
 
     # -- ending -----------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ import msgspec
 from protocol.control import Capabilities
 from protocol.data import Submit, TokenLogprob, ToolDelta
 from protocol.errors import LmxError
+from protocol.kvsize import KvShape
 from protocol.states import Phase, WorkerExit
 
 if TYPE_CHECKING:
@@ -67,6 +68,9 @@ class Job(msgspec.Struct, frozen=True, gc=False):
     constraint: "Constraint | None" = None
     #: Jobs with the same number, not 0, have the same prompt and may share its prefill.
     group: int = 0
+    #: Who asked, and how urgent it is: prompts are processed in turns.
+    client: str = ""
+    priority: int = 0
     #: Jobs with different ones have no cache in common.
     salt: str = ""
     reused: Reused = msgspec.field(default_factory=Reused)
@@ -313,8 +317,12 @@ class Loaded(msgspec.Struct, frozen=True):
     answers_whole: bool = False
     #: None where the model has no tokens to speak of.
     vocabulary: Vocabulary | None = None
+    #: Returns the seconds per token of one request alone, 0 if it makes none. Called once, after the canary.
+    time_step: Callable[[], float] = lambda: 0.0
     #: How long `prepare` will take. Called by the IO thread.
     pace: Callable[[Submit], Pace] = lambda _: Pace.QUICK
+    #: What one sequence keeps in memory; nothing where nothing is kept between two steps.
+    cache: KvShape = KvShape()
 
 
 class Status:

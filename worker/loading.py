@@ -4,19 +4,22 @@ Importing this module does not import MLX (that takes 2 s); `load` does.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from protocol.control import Capabilities
 from protocol.encoder import Encoder
+from protocol.kvsize import kv_shape
 from protocol.logs import event, exception_event
-from protocol.modelfolder import ModelFolder, ModelFolderError, inspect_model_folder
+from protocol.modelfolder import ModelFolder, ModelFolderError, inspect_model_folder, read_config
 from protocol.spec import MemoryLimits, WorkerSpec
 from protocol.states import WorkerExit
 from worker.failures import FatalError, classify, describe
-from worker.jobs import Loaded, Relieve
+from worker.jobs import Job, Loaded, Relieve
 from worker.versions import check_versions
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ Report = Callable[[int, int, str], None]
 #: Weights are read in pieces of about this size; each is one report.
 _CHUNK_BYTES: Final = 32 * 1024 * 1024
 _CANARY_TOKENS: Final = 8
+_TIMED_STEPS: Final = 6
 _FOLDER_EXITS: Final = {"missing": WorkerExit.MISSING_MODEL, "corrupt": WorkerExit.CORRUPT_MODEL}
 
 
@@ -62,6 +66,7 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
     prefixes = open_prefixes(spec, model)
     prefill = spec.models.prefill_step_tokens
     backend = BatchBackend(model, eos, slots=slots, prefill_tokens=prefill, prefixes=prefixes)
+    canary = Canary(backend, len(tokenizer))
     return Loaded(
         backend=backend,
         capabilities=Capabilities(
@@ -73,12 +78,14 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
         ),
         prepare=Kinds(prompts.prepare, completions.prepare, words.size),
         pace=lambda submit: pace_of_inputs(submit) if submit.inputs else prompts.pace(submit),
-        canary=Canary(backend, len(tokenizer)),
+        canary=canary,
+        time_step=canary.time_step,
         memory=lambda: (mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory()),
         vocabulary=words,
         relieve=lambda command: relieve(command, prefixes),
-        close=prefixes.close if prefixes is not None else _nothing,
-        abandon=prefixes.disown if prefixes is not None else _nothing,
+        close=prefixes.close,
+        abandon=prefixes.disown,
+        cache=kv_shape(read_config(folder.path)),
     )
 
 
@@ -92,10 +99,6 @@ def keep_to(limits: MemoryLimits) -> None:
         mx.set_cache_limit(limits.buffer_bytes)
 
 
-def _nothing() -> None:
-    """Neither keep nor drop anything."""
-
-
 def relieve(command: Relieve, prefixes: "PrefixCache | None" = None) -> None:
     """Give back what the command says: prefixes (of old ones, if it does not say so, what nobody uses), and buffers."""
     import mlx.core as mx  # noqa: PLC0415
@@ -106,8 +109,12 @@ def relieve(command: Relieve, prefixes: "PrefixCache | None" = None) -> None:
             event("prefixes_dropped", bytes=gone)
     kept = mx.get_cache_memory()
     if kept > command.above_bytes:
-        mx.clear_cache()
-        event("buffers_cleared", buffer_bytes=kept)
+        try:
+            mx.clear_cache()
+        except Exception as error:
+            exception_event("metal_cache_clear_failed", error)
+            raise
+        event("metal_cache_cleared", buffer_bytes=kept)
 
 
 def _load_encoder(spec: WorkerSpec, folder: ModelFolder, encoder: Encoder, report: Report) -> Loaded:
@@ -139,6 +146,18 @@ class Canary:
             self._first = tokens
         elif tokens != self._first:
             raise FatalError(WorkerExit.GPU_POISONED, "[canary] the self-test gave another token than the first time")
+
+    def time_step(self) -> float:
+        """Return the seconds of the quickest of a few decode steps; 0 if the model ends its answer at once.
+
+        The quickest: what else the machine does makes a step slower, nothing makes one quicker.
+        """
+        self._backend.insert(Job(id=-1, prompt=self._prompt, max_tokens=_TIMED_STEPS))
+        ends: list[float] = []
+        while len(self._backend):
+            if self._backend.step():
+                ends.append(monotonic())
+        return min((after - before for before, after in pairwise(ends)), default=0.0)
 
 
 def _inspect(path: Path) -> ModelFolder:

@@ -1,9 +1,18 @@
 """What the batch asks of a prefix cache, whichever kind of it a model can have. Called by the main thread only."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from worker.prefix_stats import Stats
+
+
+class _Nothing:
+    """A search that finds nothing."""
+
+    stop_at = 0
+
+
+_NOTHING: Final = _Nothing()
 
 
 class PrefixCache(Protocol):
@@ -18,7 +27,7 @@ class PrefixCache(Protocol):
     def bytes(self) -> int:
         """What is kept in memory."""
 
-    def search(self, tokens: Sequence[int], salt: str, most: int) -> Any:
+    def search(self, tokens: Sequence[int], salt: str, most: int, /) -> Any:
         """Begin to look for the first `most` tokens of a sequence, or as many of them as there are."""
 
     def arrived(self, search: Any, /) -> bool:
@@ -50,3 +59,50 @@ class PrefixCache(Protocol):
 
     def disown(self) -> None:
         """Drop everything: the engine failed."""
+
+
+class NoPrefixes:
+    """Keeps nothing."""
+
+    bytes = 0
+
+    def __init__(self) -> None:
+        self.stats = Stats()
+
+    def search(self, _tokens: Sequence[int], _salt: str, _most: int) -> Any:
+        """Find nothing."""
+        return _NOTHING
+
+    def arrived(self, _search: Any) -> bool:
+        """Nothing is waited for."""
+        return True
+
+    def take_in(self, _searches: Sequence[Any], _wait_s: float = 0.0) -> None:
+        """Nothing arrives."""
+
+    def give(self, _search: Any) -> tuple[list[Any] | None, int]:
+        """Give nothing."""
+        return None, 0
+
+    def follow(self, uid: int, search: Any, tokens: int) -> None:
+        """Learn nothing."""
+
+    def leave(self, uid: int) -> None:
+        """Forget nothing."""
+
+    def harvest(self, prompts: Any, answers: Any, *, prefilled: bool) -> None:
+        """Take nothing."""
+
+    def clear(self) -> int:
+        """There is nothing."""
+        return 0
+
+    def drop_unused(self) -> int:
+        """There is nothing."""
+        return 0
+
+    def close(self) -> None:
+        """There is nothing."""
+
+    def disown(self) -> None:
+        """There is nothing."""

@@ -12,7 +12,7 @@ from protocol.logs import event
 from protocol.spec import WorkerSpec
 from worker.fingerprint import fingerprint
 from worker.prefix_boundary import Boundaries, can_keep_states
-from worker.prefix_cache import PrefixCache
+from worker.prefix_cache import NoPrefixes, PrefixCache
 from worker.prefix_disk import PrefixDisk
 from worker.prefix_kv import probe
 from worker.prefix_shelf import Shelf
@@ -27,11 +27,11 @@ _BURST_SHARE: Final = 4
 _MAX_BURST: Final = 1024**3
 
 
-def open_prefixes(spec: WorkerSpec, model: Any) -> PrefixCache | None:
-    """Return the cache, None where the configuration or the model has none."""
+def open_prefixes(spec: WorkerSpec, model: Any) -> PrefixCache:
+    """Return the cache; it keeps nothing where the configuration or the model has none."""
     limit = spec.memory.prefix_bytes
     if not limit:
-        return None
+        return NoPrefixes()
     memory = spec.memory.memory_bytes
     spare = _spare(memory) if memory else None
     layout = probe(model)
@@ -39,12 +39,12 @@ def open_prefixes(spec: WorkerSpec, model: Any) -> PrefixCache | None:
         if can_keep_states(model):
             return Boundaries(limit, spare=spare)
         event("prefix_cache_off", why="this model's caches cannot be taken out of a batch")
-        return None
+        return NoPrefixes()
     try:
         found = fingerprint(Path(spec.path))
     except OSError as error:
         event("prefix_cache_off", level="WARNING", why=error.strerror or "the model's folder cannot be read")
-        return None
+        return NoPrefixes()
     binding = hashlib.sha256(found + layout.description.encode()).digest()
     disk = _open_disk(spec, binding)
     now, size = time.monotonic(), spec.prefix_disk_bytes

@@ -89,6 +89,8 @@ def _serve(
         status.phase = Phase.WARMING
         io.emit(Warming())
         loaded.canary()
+        capabilities = msgspec.structs.replace(loaded.capabilities, step_s=loaded.time_step())
+        loaded = msgspec.structs.replace(loaded, capabilities=capabilities)
         # What is there now stays for good: collections need not look at it again.
         gc.collect()
         gc.freeze()

@@ -9,6 +9,7 @@ from protocol.messages import Message
 from protocol.spec import WorkerSpec
 from protocol.states import Phase
 from worker.jobs import Loaded, LoadProgress, Serving, Status
+from worker.requests import Book
 
 
 class Report:
@@ -57,8 +58,8 @@ class Report:
             messages.append(Drained())
         return messages
 
-    def heartbeat(self, running: int, waiting: int, requests: int = 0) -> Heartbeat:
-        """Return the state of this moment."""
+    def heartbeat(self, book: Book | None) -> Heartbeat:
+        """Return the state of this moment; `book` is None until the model serves."""
         # The phase before the time of the last step: the engine writes them the other way round, so that a busy
         # phase never comes with the age of an idle time.
         phase = self._phase()
@@ -68,12 +69,15 @@ class Report:
             phase=phase,
             step=self._status.step,
             step_age_s=max(0.0, monotonic() - step_at),
-            running=running,
-            waiting=waiting,
+            running=0 if book is None else book.running,
+            waiting=0 if book is None else book.waiting,
             active_bytes=active,
             cache_bytes=cached,
             peak_bytes=peak,
-            requests=requests,
+            requests=0 if book is None else book.admitted,
+            concurrent_limit=0 if book is None else book.slots.limit,
+            kv_reserved_bytes=0 if book is None else book.slots.room.reserved,
+            kv_limit_bytes=0 if book is None else book.slots.room.budget,
         )
 
     def _phase(self) -> Phase:

@@ -22,10 +22,13 @@ from protocol.data import (
     Tokenized,
 )
 from protocol.errors import ERRORS, LmxError
+from protocol.kvsize import KvShape
 from protocol.logs import event, exception_event
 from worker.deltas import end_whole, make_delta
 from worker.entry import Limits, Request, enter
 from worker.jobs import AT_STOP, GOES_ON, Command, Prepared, Remove, Scored, Stepped, Vocabulary
+from worker.room import Room
+from worker.slots import Slots
 
 Reply = Accepted | Step | Refused | Failed | Embedded | Ranked | Tokenized
 
@@ -55,8 +58,11 @@ class Book:
         tokenize: Callable[[Submit], tuple[list[int], str]] | None = None,
         send: Callable[[bytes, Reply], None],
         command: Callable[[Command], None],
+        room: Room | None = None,
     ) -> None:
+        """`room` is the cache that may be promised; without it as much as is asked for."""
         self._limits = limits
+        self._slots = Slots(limits, room or Room(KvShape(), 0))
         self._incarnation = incarnation
         self._prepare = prepare
         self._vocabulary = vocabulary
@@ -68,7 +74,6 @@ class Book:
         self._jobs: dict[tuple[bytes, int], int] = {}
         self._last_job = 0
         self._closed_for: LmxError | None = None
-        self._paused = False
         #: Requests that were ever admitted.
         self.admitted = 0
         #: When `expire` has something to do; earlier never, maybe nothing by then.
@@ -83,6 +88,11 @@ class Book:
     def waiting(self) -> int:
         """Requests that wait for one."""
         return len(self._waiting)
+
+    @property
+    def slots(self) -> Slots:
+        """Who may run."""
+        return self._slots
 
     @property
     def gateways(self) -> set[bytes]:
@@ -109,9 +119,13 @@ class Book:
         if request.whole:
             self._end_whole(request)
             return
+        displaced = self._slots.displace(request)
+        if displaced is not None:
+            self._end(displaced, self._slots.busy("others had waited for their first turn"), now)
         self.admitted += 1
         self._jobs[request.key] = request.job.id
         self._waiting[request.job.id] = request
+        self._slots.wait(request)
         self._fill_slots(now)
         self._expect(request)
 
@@ -124,16 +138,11 @@ class Book:
         """Raise `LmxError` if a request cannot be taken; `coming` are on their way and wait too."""
         if self._closed_for is not None:
             raise self._closed_for
-        if self._paused and submit.resume is None:
+        if self._slots.paused and submit.resume is None:
             raise LmxError("load_shedding", "The model's process is short of memory. Try again in a moment.")
         if not submit.deadline_s > 0:  # also NaN
             raise _timed_out()
-        limits = self._limits
-        if len(self._running) >= limits.slots and len(self._waiting) + coming >= limits.queue_depth:
-            # Before tokenizing: under a flood the cheapest answer is the one that has to be given most often.
-            raise self._busy("the queue is full")
-        if coming >= limits.slots + limits.queue_depth:
-            raise self._busy("as many are being prepared")
+        self._slots.check(submit, coming)
 
     def abort(self, gateway: bytes, message: Abort, now: float) -> None:
         """Drop requests their gateway no longer wants, without a word to it."""
@@ -175,6 +184,8 @@ class Book:
 
     def _advance(self, request: Request, token: int, end: int, scored: Sequence[Scored], now: float) -> Delta:
         delta = make_delta(request, token, end, scored, self._vocabulary)
+        if request.completion_tokens >= request.grow_at:
+            self._slots.grow(request)
         if delta.finish is not None:
             if end == GOES_ON:  # a stop string
                 self._command(Remove([request.job.id]))
@@ -189,7 +200,7 @@ class Book:
             if now >= self._waiting[job].deadline_at:
                 self._end(job, _timed_out(), now)
             else:
-                self._end(job, self._busy("no slot came free in time"), now)
+                self._end(job, self._slots.late(self._waiting[job]), now)
         for job in [j for j, r in self._running.items() if now >= r.deadline_at]:
             self._end(job, _timed_out(), now)
         self.next_expiry = NEVER
@@ -199,9 +210,18 @@ class Book:
 
     def pause(self, now: float, *, paused: bool) -> None:
         """Begin nothing new while memory is short; what runs goes on, and so does what began in another process."""
-        self._paused = paused
+        self._slots.paused = paused
+        self._slots.unstick()
         if not paused:
             self._fill_slots(now)
+
+    def limit(self, slots: int, now: float) -> None:
+        """Let so many run at once, 0 for all that are configured; what runs goes on."""
+        before = self._slots.limit
+        self._slots.set_limit(slots)
+        if self._slots.limit != before:
+            event("concurrency_changed", slots=self._slots.limit)
+        self._fill_slots(now)
 
     def close_admission(self, error: LmxError, now: float) -> None:
         """Refuse everything from now on, and what still waits, with `error`; what runs goes on."""
@@ -225,8 +245,13 @@ class Book:
 
     def _admit(self, gateway: bytes, submit: Submit, now: float) -> Request:
         self.check_room(submit)
+        prepared, projection = self._slots.project(submit, self._prepare(submit))
         self._last_job += 1
-        return self._enter(self._last_job, gateway, submit, self._prepare(submit), now, self._limits)
+        request = self._enter(self._last_job, gateway, submit, prepared, now, self._limits)
+        request.projection = projection
+        if projection.tokens < projection.prompt + projection.answer:
+            request.grow_at = projection.tokens - projection.prompt
+        return request
 
     def _end_whole(self, request: Request) -> None:
         """Answer a request with nothing left to generate."""
@@ -240,16 +265,8 @@ class Book:
             completion_tokens=request.completion_tokens,
         )
 
-    def _busy(self, why: str) -> LmxError:
-        limits = self._limits
-        return LmxError(
-            "server_busy",
-            f"{limits.slots} requests are running and up to {limits.queue_depth} may wait: {why}. Try again later.",
-        )
-
     def _fill_slots(self, now: float) -> None:
-        while self._waiting and len(self._running) < self._limits.slots and not self._paused:
-            job = next(iter(self._waiting))
+        while (job := self._slots.take(self._waiting)) is not None:
             request = self._running[job] = self._waiting.pop(job)
             self._command(request.job)
             prompt_tokens = len(request.job.prompt)
@@ -301,6 +318,7 @@ class Book:
         job = request.job.id
         self._running.pop(job, None)
         self._waiting.pop(job, None)
+        self._slots.drop(job)
         del self._jobs[request.key]
         event(
             "request_finished",

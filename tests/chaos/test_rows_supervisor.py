@@ -181,6 +181,26 @@ def test_row_45_supervisor_killed_under_load(stage: Stage, figure: Figure) -> No
     assert events_since(lmx, since, "process_started") == []
 
 
+@pytest.mark.parametrize("orphaned", [False, True], ids=["under_its_supervisor", "adopted"])
+def test_row_45_a_gateway_that_drains_is_relieved(tiny_model: Path, orphaned: bool) -> None:
+    """Somebody told it to end. It has a long answer to finish; new requests are the next one's."""
+    with stage_of(tiny_model, LMX_LIFECYCLE__DRAIN_S="60") as stage:
+        lmx, since = stage.lmx, time.time()
+        before, models = gateway_of(lmx), pids(lmx)
+        long = ask(lmx.url, OTHER, "[[tokens 1000]]", max_tokens=1000).wait_chunks(3)
+        if orphaned:
+            lmx.kill_supervisor()
+        os.kill(before["pid"], signal.SIGTERM)
+        if orphaned:
+            lmx.start(wait=False)
+        event_since(lmx, since, "gateway_relieved")
+        lmx.wait_status(lambda d: d["gateway"]["state"] == "ready" and d["gateway"]["pid"] != before["pid"])
+        assert ask(lmx.url).wait().whole
+        assert not long.ended_at, "the next one serves while the last one ends what it has"
+        assert long.wait().whole
+        assert pids(lmx) == models
+
+
 def test_row_46_supervisor_dead_for_longer_than_the_lease(tiny_model: Path, figure: Figure) -> None:
     with stage_of(tiny_model, LMX_LIFECYCLE__LEASE_S="1.5", LMX_LIFECYCLE__DRAIN_S="1") as stage:
         lmx, url = stage.lmx, stage.lmx.url

@@ -16,9 +16,12 @@ from protocol.control import (
     Catalog,
     CatalogModel,
     CliHello,
+    CrashesReply,
+    CrashesRequest,
     Drain,
     Drained,
     Dying,
+    EventsRequest,
     FitReply,
     FitRequest,
     FromSupervisor,
@@ -27,6 +30,7 @@ from protocol.control import (
     GatewayReady,
     HandoverRequest,
     Heartbeat,
+    JournalEntry,
     Loading,
     LoadRequest,
     Misbehaved,
@@ -35,6 +39,7 @@ from protocol.control import (
     Progress,
     Ready,
     Relieve,
+    ReloadRequest,
     ResetRequest,
     RestartRequest,
     Result,
@@ -73,7 +78,7 @@ GOLDEN: tuple[tuple[Any, str], ...] = (
         ),
         (
             "9c0101a974696e792d31613262a86f72672f74696e7907cd1092b72f682f72756e2f74696e792d316132622e372e736f"
-            "636ba469646c65a5302e312e3095cd2000ce202fbf0091a46368617420c2cb4004000000000000ac2f6d6f64656c732f"
+            "636ba469646c65a5302e312e3096cd2000ce202fbf0091a46368617420c2cb0000000000000000cb4004000000000000ac2f6d6f64656c732f"
             "74696e79"
         ),
     ),
@@ -87,7 +92,11 @@ GOLDEN: tuple[tuple[Any, str], ...] = (
     ),
     (
         CliHello(1, "0.1.0"),
-        "930301a5302e312e30",
+        "960301a5302e312e30a0a0a0",
+    ),
+    (
+        CliHello(1, "0.1.0", "key:k7", "10.0.0.7", "req_1"),
+        "960301a5302e312e30a66b65793a6b37a831302e302e302e37a57265715f31",
     ),
     (
         SpareHello(1, 9, 4244, "0.1.0"),
@@ -99,11 +108,11 @@ GOLDEN: tuple[tuple[Any, str], ...] = (
     ),
     (
         Ready(Capabilities(8192, 540_000_000, ["chat"], 32, False), 2.5),
-        "930995cd2000ce202fbf0091a46368617420c2cb4004000000000000",
+        "930996cd2000ce202fbf0091a46368617420c2cb0000000000000000cb4004000000000000",
     ),
     (
-        Heartbeat(Phase.DECODE, 1234, 0.25, 16, 3, 600_000_000, 1_000, 700_000_000, 99),
-        "9a0aa66465636f6465cd04d2cb3fd00000000000001003ce23c34600cd03e8ce29b9270063",
+        Heartbeat(Phase.DECODE, 1234, 0.25, 16, 3, 600_000_000, 1_000, 700_000_000, 99, 24, 5_000, 9_000),
+        "9d0aa66465636f6465cd04d2cb3fd00000000000001003ce23c34600cd03e8ce29b927006318cd1388cd2328",
     ),
     (
         Dying(87, "Metal ran out of memory"),
@@ -152,8 +161,8 @@ GOLDEN: tuple[tuple[Any, str], ...] = (
             True,
         ),
         (
-            "941305929ca86f72672f74696e79a57265616479ce6553f10007b22f682f72756e2f74696e792e372e736f636b95cd20"
-            "00ce202fbf0091a46368617420c2a0a0c00000c29ca162a76261636b6f66660100a0c0b06d6f64656c5f726573746172"
+            "941305929ca86f72672f74696e79a57265616479ce6553f10007b22f682f72756e2f74696e792e372e736f636b96cd20"
+            "00ce202fbf0091a46368617420c2cb0000000000000000a0a0c00000c29ca162a76261636b6f66660100a0c0b06d6f64656c5f726573746172"
             "74696e67a753494741425254050102c3c3"
         ),
     ),
@@ -170,8 +179,8 @@ GOLDEN: tuple[tuple[Any, str], ...] = (
         "9118",
     ),
     (
-        GatewayHeartbeat(8, 40),
-        "93190828",
+        GatewayHeartbeat(8, 40, True),
+        "94190828c3",
     ),
     (
         StatusRequest(True),
@@ -182,8 +191,8 @@ GOLDEN: tuple[tuple[Any, str], ...] = (
         "9521a86f72672f74696e79ac2f6d6f64656c732f74696e79c3cb40ac200000000000",
     ),
     (
-        Relieve(5.0, True),
-        "9316cb4014000000000000c3",
+        Relieve(5.0, True, 4, 5.0),
+        "9516cb4014000000000000c304cb4014000000000000",
     ),
     (
         FitRequest("org/tiny", "/models/tiny"),
@@ -243,7 +252,31 @@ GOLDEN: tuple[tuple[Any, str], ...] = (
     ),
     (
         Result(0, "ready", 41, 42),
-        "953200a57265616479292a",
+        "963200a57265616479292aa0",
+    ),
+    (
+        Result(1, "no", 0, 0, "conflict"),
+        "963201a26e6f0000a8636f6e666c696374",
+    ),
+    (
+        ReloadRequest(),
+        "912a",
+    ),
+    (
+        CrashesRequest("2026"),
+        "922ba432303236",
+    ),
+    (
+        EventsRequest(20, 1.5),
+        "932c14cb3ff8000000000000",
+    ),
+    (
+        CrashesReply(b"{}"),
+        "9234c4027b7d",
+    ),
+    (
+        JournalEntry(b"{}"),
+        "9235c4027b7d",
     ),
 )
 

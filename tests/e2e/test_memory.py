@@ -161,6 +161,7 @@ def test_a_pinned_model_outlives_its_time(new_lmx: Callable[..., Lmx], folders: 
     lmx.cli("load", str(folders("by-hand")), "--pin")
     lmx.cli("load", str(folders("goes")))
     lmx.wait_event("model_evicted", model="goes")
+    lmx.wait_status(lambda doc: {"goes"}.isdisjoint(model["id"] for model in doc["models"]))
     lmx.wait_status(lambda doc: all(m["idle_s"] > 2 for m in doc["models"]))
     assert loaded(lmx) == ["by-config", "by-hand"]
     assert "stays pinned by the configuration" in lmx.cli("unpin", "by-config").stdout

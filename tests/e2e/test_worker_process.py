@@ -70,8 +70,9 @@ def test_it_says_hello_then_its_bytes_then_warming_then_ready(worker: WorkerProc
     phases = [message.phase for message in messages if isinstance(message, control.Heartbeat)]
     assert phases.index(Phase.WARMING) >= 0
     ready = next(message for message in messages if isinstance(message, control.Ready))
+    assert 0 < ready.capabilities.step_s < 1
     assert ready.capabilities == control.Capabilities(
-        8192, loading[-1].done_bytes, ["chat", "completion", "tokenize"], 32
+        8192, loading[-1].done_bytes, ["chat", "completion", "tokenize"], 32, step_s=ready.capabilities.step_s
     )
     assert ready.load_s > 0
 

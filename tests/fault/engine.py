@@ -174,4 +174,5 @@ def load(spec: WorkerSpec, report: Callable[[int, int, str], None]) -> Loaded:
         prepare=lambda submit: prepare(submit, plan),
         canary=canary,
         memory=lambda: (plan.weight_bytes, 0, plan.weight_bytes),
+        time_step=lambda: plan.step_s,
     )

@@ -59,6 +59,8 @@ class FaultPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weight_bytes: int = 10_000_000
     #: Held from the start, besides what Python needs.
     ballast_mb: int = 0
+    #: What its timing at the end of a load says.
+    step_s: float = 0.0
 
     def applies(self, spec: WorkerSpec) -> bool:
         return (not self.models or spec.model in self.models) and (

@@ -34,7 +34,7 @@ class Answer(NamedTuple):
     @property
     def code(self) -> str:
         """The code of the error."""
-        return str(self.body["error"]["code"])
+        return str(self.body["code"] if "code" in self.body else self.body["error"]["code"])
 
 
 class DoorKit:

@@ -1,6 +1,8 @@
 """`lmx-supervisor keys`: what is made can be used, what is stored cannot, and two at once lose nothing."""
 
 import json
+import os
+import pwd
 import shutil
 import stat
 import subprocess
@@ -93,6 +95,20 @@ def test_names_are_used_once_and_free_again_after_revoking(home: Path) -> None:
     (record,) = KeyFile(home / "state" / "keys").read()
     assert keys(home, "revoke", record.id).exit_code == 0
     assert "no keys" in keys(home, "list").stdout
+
+
+def test_who_changed_which_key_is_in_the_journal_and_never_the_key(home: Path) -> None:
+    key = keys(home, "create", "--name", "bot", "--scope", "admin").stdout.strip()
+    assert keys(home, "revoke", "bot").exit_code == 0
+    assert keys(home, "revoke", "bot").exit_code == 1
+    text = (home / "state" / "events.jsonl").read_text()
+    made, revoked = map(json.loads, text.splitlines())
+    assert (made["event"], revoked["event"]) == ("key_created", "key_revoked")
+    assert made["key"] == revoked["key"]
+    assert (made["name"], made["scope"]) == ("bot", "admin")
+    assert (made["by"], made["uid"]) == (pwd.getpwuid(os.getuid()).pw_name, os.getuid())
+    assert key not in text
+    assert digest_of(key.encode()).hex() not in text
 
 
 def test_a_damaged_file_is_told_and_never_overwritten(home: Path) -> None:

@@ -2,18 +2,21 @@
 
 import asyncio
 import time
+from typing import Any
 
 import pytest
 
 from gateway.bell import Bell
 from gateway.catalog import CatalogView, not_ready
 from gateway.control import Lease
-from gateway.middleware import canonical_path, request_id
+from gateway.ids import client_id, request_id
+from gateway.middleware import canonical_path
 from gateway.requests import Request, RequestState, Rids
 from gateway.traffic import Traffic
 from protocol.control import Catalog, CatalogModel
 from protocol.data import ChatMessage, Delta, Finish, Kind, Sampling, Submit, Usage
 from protocol.errors import LmxError
+from protocol.keys import new_key
 from protocol.states import ModelState
 
 
@@ -94,11 +97,31 @@ def test_one_path_for_its_variants(path: str, expected: str) -> None:
     assert canonical_path(path) == expected
 
 
+def offered(name: bytes, *headers: tuple[bytes, bytes]) -> dict[str, Any]:
+    return {"headers": [(b"x-request-id", name), (b"x-client-id", name), *headers]}
+
+
 def test_request_ids_are_kept_if_safe() -> None:
-    assert request_id(b"abc-1.2_X") == "abc-1.2_X"
+    for good in (b"abc-1.2_X", b"018f2c3e-5b7a-7cc1-9d8e-0123456789ab", b"0af7651916cd43dd8448eb211c80319c"):
+        assert request_id(offered(good)) == client_id(offered(good)) == good.decode()
     for bad in (b"", b"a b", b"x" * 129, b"a\n", "é".encode()):
-        assert len(request_id(bad)) == len("req_") + 22
-    assert request_id(b"") != request_id(b"")
+        assert len(request_id(offered(bad))) == len("req_") + 22
+        assert client_id(offered(bad)) == ""
+    assert request_id(offered(b"")) != request_id(offered(b""))
+
+
+def test_what_looks_like_a_secret_is_nobodys_name() -> None:
+    key = new_key().encode()
+    secret = [
+        key, b"run-" + key, b"sk-proj-abcdefgh", b"hf_abcdefgh", b"ghp_abcdefgh", b"AKIAIOSFODNN7EXAMPLE",
+        b"eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJ4In0.c2lnbmF0dXJl",
+    ]  # fmt: skip
+    for name in secret:
+        assert request_id(offered(name)).startswith("req_"), name
+        assert client_id(offered(name)) == "", name
+    held = offered(b"correct-horse-battery", (b"authorization", b"Bearer correct-horse-battery"))
+    assert request_id(held).startswith("req_")
+    assert client_id(held) == ""
 
 
 def test_rids_fit_and_differ_over_restarts() -> None:
@@ -171,7 +194,7 @@ async def test_traffic_counts_and_drains() -> None:
     traffic = Traffic()
     with traffic.admit():
         assert not await traffic.idle(0.01)
-        traffic.draining = True
+        traffic.drain()
         with pytest.raises(LmxError, match="stopping"), traffic.admit():
             pass
         idle = asyncio.create_task(traffic.idle(10))

@@ -10,6 +10,7 @@ from supervisor.ledger import (
     Use,
     Verdict,
     budget,
+    cache_budget,
     expired,
     free,
     largest,
@@ -159,6 +160,17 @@ def test_a_workers_limit_is_above_what_it_needs() -> None:
     assert worker_limit(50 * GIB, 0, 56 * GIB, CONFIG) == 56 * GIB
     assert worker_limit(GIB, 20 * GIB, None, CONFIG) == 30 * GIB, "a wrong prediction is not the worker's fault"
     assert worker_limit(GIB, 0, None, MemoryConfig(worker_limit_bytes=7)) == 7
+    assert worker_limit(GIB, 0, 56 * GIB, CONFIG, wish=5 * GIB) == 6 * GIB, "the caches of a full batch"
+    assert worker_limit(GIB, 0, 56 * GIB, CONFIG, wish=50 * GIB) == 15 * GIB, "but a quarter of the machine at most"
+    assert worker_limit(GIB, 0, 2 * GIB, CONFIG, wish=50 * GIB) == 2 * GIB
+
+
+def test_caches_stay_below_the_mark_at_which_a_worker_stops_to_take_requests() -> None:
+    assert cache_budget(10 * GIB, 4 * GIB, GIB, GIB, CONFIG) == int(3.5 * GIB)
+    assert cache_budget(5 * GIB, 4 * GIB, GIB, GIB, CONFIG) == GIB, "what was reserved is theirs in any case"
+    assert cache_budget(3 * GIB, 4 * GIB, 0, GIB, CONFIG) == 1, "never 0, which would be no limit"
+    assert cache_budget(0, 4 * GIB, GIB, GIB, CONFIG) == 0
+    assert cache_budget(10 * GIB, 0, 0, GIB, CONFIG) == 0, "of a model that nobody could look into"
 
 
 sizes = st.integers(0, 100 * GIB)

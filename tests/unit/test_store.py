@@ -375,3 +375,20 @@ def test_a_state_folder_that_is_gone_does_not_raise(
     save(store)
     assert not store.durable
     assert store.problem == "No such file or directory"
+
+
+def test_who_follows_the_journal_gets_each_entry_once_and_what_was_before_an_older_supervisor_wrote(
+    journal_file: Path,
+) -> None:
+    journal_file.write_bytes(b'{"ts":1.5,"event":"old"}\n{"ts":2,"event":"older supervisor"}\nnot json\n{"ts":3')
+    journal, heard = Journal(journal_file), list[bytes]()
+    journal.write("first")
+    with journal.followed(heard.append):
+        journal.write("second")
+    journal.write("third")
+    assert [json.loads(entry)["event"] for entry in heard] == ["second"]
+    recent = [json.loads(entry)["event"] for entry in journal.recent(1000, 0.0)]
+    assert recent == ["old", "older supervisor", "first", "second", "third"]
+    assert [json.loads(entry)["event"] for entry in journal.recent(2, 0.0)] == ["second", "third"]
+    assert journal.recent(0, 0.0) == []
+    assert len(journal.recent(1000, 2.0)) == 3

@@ -1,0 +1,71 @@
+"""Which prompts are processed next to each other, and how much of each between two decode steps. Pure policy.
+
+A chunk has so many tokens in all, whoever's they are, so that the answers that run wait for one chunk at most. Prompts
+that fit into one together are processed together. Longer ones share it between clients: each client has one of its own
+under way, so that a hundred long prompts of one client leave another's first one half of every chunk.
+"""
+
+from collections.abc import Callable
+
+from worker.jobs import Job
+from worker.line import Line
+
+
+class PromptTurns:
+    """The jobs whose prompts wait, and those whose prompts are being processed: at most `places`."""
+
+    def __init__(self, step_tokens: int, places: int) -> None:
+        self._step_tokens = step_tokens
+        self._places = places
+        #: Nobody is waited for here: whom the rules keep waiting has a prompt under way already.
+        self._line = Line(patience=None)
+        self._waiting: dict[int, Job] = {}
+        #: Tokens that are not processed yet; with the last one an answer begins.
+        self._left: dict[int, int] = {}
+
+    def add(self, job: Job) -> None:
+        """Line up a prompt."""
+        self._waiting[job.id] = job
+        self._line.add(job.id, job.client, job.priority)
+
+    def next(self, shares: Callable[[Job], bool]) -> Job | None:
+        """Return a job to begin with now, None if none may. `shares`: whether another processes its prompt for it."""
+        taken = self._line.take(lambda job: shares(self._waiting[job]) or self._fits(self._waiting[job]))
+        if taken is None:
+            return None
+        job = self._waiting.pop(taken)
+        self._left[taken] = 1 if shares(job) else _length(job)
+        return job
+
+    def progress(self, job: int, left: int) -> None:
+        """Note how much of a prompt is left, 0 when its answer has begun."""
+        if left:
+            self._left[job] = left
+        else:
+            self.drop(job)
+
+    def drop(self, job: int) -> None:
+        """Forget a job, wherever it is; an unknown one is ignored."""
+        self._waiting.pop(job, None)
+        self._left.pop(job, None)
+        self._line.drop(job)
+
+    def chunk(self) -> int:
+        """Return how many tokens of each prompt go into the next chunk; it is padded to its longest."""
+        under_way = [left for left in self._left.values() if left > 1]
+        count = len(under_way)
+        if count * max(under_way, default=0) <= self._step_tokens:
+            return self._step_tokens
+        return max(1, self._step_tokens // count)
+
+    def _fits(self, job: Job) -> bool:
+        under_way = {one: left for one, left in self._left.items() if left > 1}
+        if len(under_way) >= self._places:
+            return False
+        if not any(self._line.held_by(one) == job.client for one in under_way):
+            return True
+        return sum(under_way.values()) + _length(job) <= self._step_tokens
+
+
+def _length(job: Job) -> int:
+    return len(job.prompt) + len(job.said)
