@@ -6,6 +6,7 @@ from typing import Final
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 
 from gateway.admin_events import Events
+from gateway.admin_health import AdminHealth
 from gateway.admin_models import Fit, Load, ModelOrder, ModelsStatus, Restart
 from gateway.admin_system import Crash, Crashes, Reload, Resume, Status
 from gateway.audit import Audit
@@ -15,6 +16,7 @@ from gateway.catalog import CatalogView
 from gateway.forward import Forwarder
 from gateway.logs_route import Logs
 from gateway.traffic import Traffic
+from gateway.vitals import VitalsView
 from protocol.control import PinRequest, ResetRequest, UnloadRequest
 
 #: Orders are a few fields.
@@ -22,7 +24,12 @@ _MAX_BODY_BYTES: Final = 16 * 1024
 
 
 def admin_routes(
-    forwarder: Forwarder, catalog: CatalogView, traffic: Traffic, audit: Audit, logs: Path | None = None
+    forwarder: Forwarder,
+    catalog: CatalogView,
+    traffic: Traffic,
+    vitals: VitalsView,
+    audit: Audit,
+    logs: Path | None = None,
 ) -> list[BaseRoute]:
     """Return the routes. What is added here has its row in docs/admin.md."""
     bodies = BodyReader(_MAX_BODY_BYTES)
@@ -42,6 +49,7 @@ def admin_routes(
         Route("/admin/models/reset", ModelOrder(forwarder, bodies, ResetRequest), methods=["POST"]),
         Route("/admin/config/reload", Reload(forwarder), methods=["POST"]),
         Route("/admin/resume", Resume(forwarder), methods=["POST"]),
+        Route("/admin/health", AdminHealth(forwarder, catalog, vitals, traffic), methods=["GET"]),
         Route("/admin/status", Status(forwarder), methods=["GET"]),
         Route("/admin/crashes", Crashes(forwarder), methods=["GET"]),
         Route("/admin/crashes/{id}", Crash(forwarder), methods=["GET"]),

@@ -1,7 +1,8 @@
 """The application: routes and what lies around them."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -20,28 +21,46 @@ from gateway.completions import Completions
 from gateway.context import context_of
 from gateway.door import front_door
 from gateway.embeddings import Embeddings
+from gateway.exposition import Scene
 from gateway.forward import Forwarder
 from gateway.health import Healthz, Readyz
+from gateway.metrics import Metrics
 from gateway.middleware import ErrorBoundary, PathMiddleware, RequestIdMiddleware
 from gateway.models import Model, Models
+from gateway.numbers import Numbers
 from gateway.openapi import OpenApi
 from gateway.pool import WorkerPool
 from gateway.rerank import Rerank
 from gateway.tokenize import Detokenize, Tokenize
 from gateway.traffic import Traffic
+from gateway.vitals import VitalsView
 from protocol.errors import LmxError
 from protocol.spec import GatewaySpec
 
 _LONGER_S: Final = 5.0
 
 
-def build_app(spec: GatewaySpec, catalog: CatalogView, pool: WorkerPool, traffic: Traffic, audit: Audit) -> ASGIApp:
+class Parts(NamedTuple):
+    """What the application is made of; `scene` returns what metrics tell at this moment."""
+
+    catalog: CatalogView
+    pool: WorkerPool
+    traffic: Traffic
+    numbers: Numbers
+    vitals: VitalsView
+    scene: Callable[[], Scene]
+    audit: Audit
+
+
+def build_app(spec: GatewaySpec, parts: Parts) -> ASGIApp:
     """Return the ASGI application. Paths are written without `/v1`; `PathMiddleware` accepts both."""
-    config = spec.gateway
+    config, catalog, traffic = spec.gateway, parts.catalog, parts.traffic
     outer, door = front_door(spec)
-    calls = Calls(config, catalog, pool, traffic, isolate_prefixes=spec.security.isolate_prefixes)
+    isolate = spec.security.isolate_prefixes
+    calls = Calls(config, catalog, parts.pool, traffic, parts.numbers, isolate_prefixes=isolate)
     # The supervisor's own limit comes first: it knows better words.
     forwarder = Forwarder(Path(spec.control_socket), spec.lifecycle.command_timeout_s + _LONGER_S)
+    logs = Path(spec.log_file).parent if spec.log_file else None
     routes: list[BaseRoute] = [
         Route("/chat/completions", ChatCompletions(calls), methods=["POST"]),
         Route("/completions", Completions(calls), methods=["POST"]),
@@ -53,15 +72,16 @@ def build_app(spec: GatewaySpec, catalog: CatalogView, pool: WorkerPool, traffic
         Route("/models/{id:path}", Model(catalog), methods=["GET"]),
         Route("/openapi.json", OpenApi(), methods=["GET"]),
         Route("/healthz", Healthz(), methods=["GET"]),
-        Route("/readyz", Readyz(catalog, traffic), methods=["GET"]),
-        *admin_routes(forwarder, catalog, traffic, audit, Path(spec.log_file).parent if spec.log_file else None),
+        Route("/readyz", Readyz(catalog, traffic, parts.vitals), methods=["GET"]),
+        Route("/metrics", Metrics(parts.scene), methods=["GET"]),
+        *admin_routes(forwarder, catalog, traffic, parts.vitals, parts.audit, logs),
     ]
     paths = frozenset(path for route in routes if "{" not in (path := getattr(route, "path", "{")))
     app = Starlette(
         routes=routes,
         # The first is the outermost. `add_middleware` would insert in front.
         middleware=[
-            Middleware(RequestIdMiddleware, traffic=traffic, audit=audit, paths=paths),
+            Middleware(RequestIdMiddleware, traffic=traffic, numbers=parts.numbers, audit=parts.audit, paths=paths),
             Middleware(PathMiddleware),
             *outer,
             Middleware(ErrorBoundary),

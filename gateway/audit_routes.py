@@ -106,7 +106,7 @@ class AuditSocket:
         """Serve until the client or this gateway goes, or the client does not keep up."""
         socket = WebSocket(scope, receive, send)
         if not is_own_origin(scope):
-            context_of(scope).error = "forbidden"
+            context_of(scope).error_code = "forbidden"
             await socket.close(_POLICY)
             return
         try:
@@ -114,7 +114,7 @@ class AuditSocket:
                 await socket.accept()
                 code = await self._serve(socket, listener)
         except LmxError as error:
-            context_of(scope).error = error.code
+            context_of(scope).error_code = error.code
             code = _TRY_LATER
         if socket.client_state is not WebSocketState.DISCONNECTED:
             with contextlib.suppress(TimeoutError, WebSocketDisconnect, RuntimeError, OSError):

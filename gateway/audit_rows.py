@@ -35,7 +35,7 @@ def row_of(scope: Scope, context: RequestContext, *, route: str, status: int, no
     key = None
     if access is not None:
         key = access.key.id if access.key is not None else access.client if access.admin else None
-    error = context.error or (worked.error if worked is not None else None)
+    error = context.error_code or (worked.error if worked is not None else None)
     peer = scope.get("client")
     row = AuditRow(
         request_id=context.request_id,

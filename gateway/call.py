@@ -55,12 +55,12 @@ class Call:
     @property
     def prompt_tokens(self) -> int:
         """Tokens of all prompts, each counted once."""
-        return sum(_prompt_tokens(request) for request in self.prompts)
+        return sum(tokens_of(request)[0] for request in self.prompts)
 
     @property
     def cached_tokens(self) -> int:
         """How many of them came from a cache."""
-        return sum(r.cached_tokens if r.usage is None else r.usage.cached_tokens for r in self.prompts)
+        return sum(tokens_of(request)[1] for request in self.prompts)
 
     @property
     def completion_tokens(self) -> int:
@@ -115,8 +115,9 @@ class Call:
             self._desk.leave(request)
 
 
-def _prompt_tokens(request: Request) -> int:
+def tokens_of(request: Request) -> tuple[int, int]:
+    """Return the tokens of a request's prompt, and how many of them came from a cache."""
     if request.usage is not None:
-        return request.usage.prompt_tokens
+        return request.usage.prompt_tokens, request.usage.cached_tokens
     result = request.result
-    return getattr(result, "prompt_tokens", request.prompt_tokens)
+    return getattr(result, "prompt_tokens", request.prompt_tokens), request.cached_tokens

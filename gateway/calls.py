@@ -20,10 +20,11 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.bell import Bell
 from gateway.body import BodyReader
-from gateway.call import Call
+from gateway.call import Call, tokens_of
 from gateway.catalog import CatalogView
 from gateway.context import Worked, context_of, header
 from gateway.kinds import check_kind
+from gateway.numbers import Numbers
 from gateway.parameters import ignored_header
 from gateway.pool import WorkerPool
 from gateway.priority import priority_of
@@ -96,6 +97,7 @@ class Calls:
         catalog: CatalogView,
         pool: WorkerPool,
         traffic: Traffic,
+        numbers: Numbers,
         *,
         isolate_prefixes: bool = False,
     ) -> None:
@@ -105,6 +107,7 @@ class Calls:
         self._catalog = catalog
         self._pool = pool
         self._traffic = traffic
+        self._numbers = numbers
         self._bodies = BodyReader(config.max_body_bytes)
         self._rids = Rids()
 
@@ -206,7 +209,16 @@ class Calls:
             watcher.cancel()
             call.leave()
             context.tokens_used = call.prompt_tokens + sum(len(request.tokens) for request in requests)
+            self._count(call)
             _log(call, streams, time.monotonic())
+
+    def _count(self, call: Call) -> None:
+        numbers = self._numbers.of(call.model.id)
+        for request in call.requests:
+            numbers.ended(request, call.context.started)
+        for prompt in call.prompts:
+            if prompt.accepted or prompt.result is not None:
+                numbers.prompted(*tokens_of(prompt))
 
     def _continues(self, scope: Scope) -> bool:
         """Return whether the client wants its requests to outlive their process."""

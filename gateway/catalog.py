@@ -43,6 +43,11 @@ class CatalogView:
         self._shedding = catalog.shedding
         self._arrived.set()
 
+    @property
+    def shedding(self) -> bool:
+        """Whether the machine is so short of memory that no inference should begin."""
+        return self._shedding
+
     def check_load(self) -> None:
         """Raise `load_shedding` while the machine is so short of memory that no inference should begin."""
         if self._shedding:

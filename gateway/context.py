@@ -63,12 +63,12 @@ class RequestContext:
     access: Access | None = None
     #: Its address, as far as it can be told: that of a trusted proxy's client. Also of one that is refused.
     address: str = ""
+    #: Of the error that it was answered with, or that ended its stream; empty if none did.
+    error_code: str = ""
     #: Tokens of prompt and answer, once they are known: what a limit on tokens counts in the end.
     tokens_used: int | None = None
     #: What the client calls itself; "" if it does not, or says what nobody should write down.
     client_id: str = ""
-    #: The code of the error that was answered.
-    error: str | None = None
     worked: Worked | None = None
 
     @property

@@ -73,6 +73,9 @@ class Orders(Protocol):
     def drain(self, grace_s: float, *, hand_over: bool) -> None:
         """Take no more requests, or only no more connections; call `ControlClient.drained` when none is left."""
 
+    def vitals(self, status: bytes) -> None:
+        """Take note of the supervisor's view of everything, as JSON."""
+
     def stop(self, reason: str) -> None:
         """End now."""
 
@@ -166,7 +169,10 @@ class ControlClient:
                     self._orders.drain(grace_s, hand_over=hand_over)
                 case Stop(reason=reason):
                     self._orders.stop(reason)
-                case Ping() | Welcome():
+                case Ping(status=status):
+                    if status:
+                        self._orders.vitals(status)
+                case Welcome():
                     pass
 
     async def _next(self, channel: Channel) -> ToGateway:

@@ -66,6 +66,11 @@ class Desk:
         """Whether nobody is here."""
         return not (self._peers or self._line)
 
+    @property
+    def waiting(self) -> int:
+        """How many are with no process."""
+        return len(self._line)
+
     # -- what the endpoint asks ---------------------------------------------------------------------------------
 
     def enter(self, request: Request) -> None:

@@ -12,7 +12,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.auth import Access, Authenticator, credential_of
+from gateway.auth import Access, Authenticator, credential_of, unauthorized
 from gateway.context import context_of, is_admin_path
 from gateway.hosts import HostGuard
 from gateway.identity import client_address, client_name, peer_address, within
@@ -31,6 +31,7 @@ HEALTH: Final = frozenset({"/healthz", "/readyz"})
 #: What an operator looks at when something is wrong must not be used up by looking.
 _UNLIMITED: Final = frozenset({"/admin/health"})
 _MODEL: Final = "/models/"
+_METRICS: Final = "/metrics"
 _CORS_HEADERS: Final = (
     "retry-after",
     "x-request-id",
@@ -58,6 +59,14 @@ def front_door(spec: GatewaySpec) -> tuple[list[Middleware], Middleware]:
     limiter = Limiter(settings)
     limit = spec.gateway.max_body_bytes
     return outer, Middleware(Door, rules=settings, authenticator=authenticator, limiter=limiter, max_body_bytes=limit)
+
+
+def _check_metrics(access: Access) -> None:
+    """Metrics name every model and say how much each is used: they are for who may use them all."""
+    if access.key is None and not access.admin:
+        raise unauthorized("The metrics of this server need the admin key, or an API key that is good for every model.")
+    if access.models:
+        raise LmxError("forbidden", "A key for some models only may not see the metrics of all.")
 
 
 @dataclass(slots=True)
@@ -128,7 +137,7 @@ class Door:
             visit = await self._checked({**scope, "method": "GET", "path": canonical_path(scope["path"])}, [])
             context_of(scope).access = visit.access
         except LmxError as error:
-            context_of(scope).error = error.code
+            context_of(scope).error_code = error.code
             await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
         else:
             await self._app(scope, receive, send)
@@ -161,6 +170,8 @@ class Door:
             return _Visit(access, self._limiter.budget(access), address)
         try:
             access = self._authenticator.inference(credential, address)
+            if scope["path"] == _METRICS and not self._rules.metrics_open:
+                _check_metrics(access)
         except LmxError:
             stranger = Access(address)
             await self._limiter.inference(address, self._limiter.budget(stranger), headers)

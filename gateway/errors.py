@@ -39,7 +39,7 @@ async def send_error(
     """Answer with `error`; only before the response has started."""
     context = context_of(scope)
     request_id = context.request_id
-    context.error = error.code
+    context.error_code = error.code
     all_headers = [*error_headers(error), *(headers or [])]
     if is_admin_path(scope["path"]) or _PROBLEM_TYPE in header(scope, b"accept").lower():
         body = msgspec.json.encode(problem(error, request_id))

@@ -81,10 +81,10 @@ class Forwarder:
         self._questions = _Places(_MAX_QUESTIONS, "administrators' questions")
         self._followers = _Places(MAX_FOLLOWERS, "followers of events")
 
-    async def ask(self, question: Question, hello: CliHello) -> bytes:
+    async def ask(self, question: Question, hello: CliHello, *, within_s: float = QUESTION_S) -> bytes:
         """Return the document, as JSON, that answers a question; raise `LmxError`."""
         with self._questions.one():
-            async with self._connected(hello, QUESTION_S) as channel:
+            async with self._connected(hello, within_s) as channel:
                 channel.send(encode(question))
                 while True:
                     message = self._decoder.decode(await channel.receive())
@@ -118,7 +118,7 @@ class Forwarder:
 
     async def events(self, last: int, since: float) -> AsyncGenerator[bytes, None]:
         """Yield entries of the journal, as JSON, until the supervisor hangs up; raise `LmxError` if there is none."""
-        channel = await self._dialled()
+        channel = await self._dialled(_DIAL_S)
         try:
             channel.send(encode(CliHello(PROTOCOL_VERSION, __version__)))
             channel.send(encode(EventsRequest(last, since)))
@@ -133,7 +133,7 @@ class Forwarder:
 
     @contextlib.asynccontextmanager
     async def _connected(self, hello: CliHello, within_s: float) -> AsyncIterator[Channel]:
-        channel = await self._dialled()
+        channel = await self._dialled(min(within_s, _DIAL_S))
         try:
             channel.send(encode(hello))
             async with asyncio.timeout(within_s):
@@ -150,9 +150,9 @@ class Forwarder:
         finally:
             channel.close()
 
-    async def _dialled(self) -> Channel:
+    async def _dialled(self, within_s: float) -> Channel:
         try:
-            return await dial(self._path, limit=MAX_FRAME_BYTES, within_s=_DIAL_S)
+            return await dial(self._path, limit=MAX_FRAME_BYTES, within_s=within_s)
         except OSError:
             text = "No supervisor answers; models that are loaded serve on. It is started with: lmx-supervisor run"
             raise LmxError("supervisor_unavailable", text) from None

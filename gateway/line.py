@@ -32,8 +32,8 @@ class Line:
         #: When those in front last had a reason to go on waiting.
         self.moved_at = 0.0
 
-    def __bool__(self) -> bool:
-        return bool(self._interrupted or self._newcomers)
+    def __len__(self) -> int:
+        return len(self._interrupted) + len(self._newcomers)
 
     @property
     def newcomers(self) -> int:

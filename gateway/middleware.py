@@ -11,6 +11,7 @@ from gateway.audit_rows import CLIENT_GONE, QUIET
 from gateway.context import ClientGoneError, RequestContext, attach, connection_of, context_of
 from gateway.errors import send_error
 from gateway.ids import client_id, request_id
+from gateway.numbers import Numbers
 from gateway.traffic import Traffic
 from protocol.errors import LmxError
 from protocol.logs import event, exception_event
@@ -28,10 +29,16 @@ class RequestIdMiddleware:
     """
 
     def __init__(
-        self, app: ASGIApp, traffic: Traffic, audit: Audit | None = None, paths: frozenset[str] = frozenset()
+        self,
+        app: ASGIApp,
+        traffic: Traffic,
+        numbers: Numbers,
+        audit: Audit | None = None,
+        paths: frozenset[str] = frozenset(),
     ) -> None:
         self._app = app
         self._traffic = traffic
+        self._numbers = numbers
         self._audit = audit
         self._paths = paths
 
@@ -67,6 +74,7 @@ class RequestIdMiddleware:
     def _note(self, scope: Scope, context: RequestContext, status: int) -> None:
         route = getattr(scope.get("route"), "path", "") or (scope["path"] if scope["path"] in self._paths else "")
         took = time.monotonic() - context.started
+        self._numbers.answered(route or "unmatched", status, context.error_code)
         if route not in _QUIET_ROUTES or status != 200:
             event(
                 "http_request",

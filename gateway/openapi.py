@@ -42,6 +42,9 @@ class Operation(NamedTuple):
 
 
 _MODEL_ID: Final = MappingProxyType({"name": "id", "in": "path", "required": True, "schema": {"type": "string"}})
+_FORMAT: Final = MappingProxyType(
+    {"name": "format", "in": "query", "schema": {"type": "string", "enum": ["prometheus", "json"]}}
+)
 OPERATIONS: Final = (
     Operation(
         "post",
@@ -66,6 +69,13 @@ OPERATIONS: Final = (
     Operation("get", "/v1/models", "Every model, in whatever state", responses.ModelList),
     Operation("get", "/v1/models/{id}", "One model", responses.ModelCard, parameters=(_MODEL_ID,)),
     Operation("get", "/healthz", "Whether the server runs", responses.Health),
+    Operation(
+        "get",
+        "/metrics",
+        "Metrics, as text for Prometheus or with format=json",
+        responses.MetricsDocument,
+        parameters=(_FORMAT,),
+    ),
     Operation("get", "/readyz", "Whether a request has a chance; 503 if not", responses.Health),
 )
 
@@ -182,6 +192,8 @@ def _described(operation: Operation) -> dict[str, Any]:
             "default": {"description": responses.ErrorEnvelope.__doc__, "content": failed},
         },
     }
+    if operation.path == "/metrics":
+        content["text/plain"] = {"schema": {"type": "string"}}
     if operation.path == "/readyz":
         described["responses"]["503"] = described["responses"]["200"]
     if operation.parameters:

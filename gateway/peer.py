@@ -1,12 +1,14 @@
 """One incarnation of one worker, as the gateway sees it: the requests it works on and what it says about them."""
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final, Protocol
 
 from gateway.link import DataPlane
+from gateway.numbers import ModelNumbers
 from gateway.requests import Request, RequestState
 from protocol.data import (
     HIGH_WATER_MARK,
@@ -68,7 +70,15 @@ class WorkerPeer:
     """
 
     def __init__(
-        self, plane: DataPlane, model: str, incarnation: int, endpoint: str, *, slots: int, owner: PeerOwner
+        self,
+        plane: DataPlane,
+        model: str,
+        incarnation: int,
+        endpoint: str,
+        *,
+        slots: int,
+        owner: PeerOwner,
+        numbers: ModelNumbers | None = None,
     ) -> None:
         self.model = model
         self.incarnation = incarnation
@@ -84,6 +94,8 @@ class WorkerPeer:
         self._aborts: deque[int] = deque(maxlen=HIGH_WATER_MARK)
         self._abort_timer: asyncio.Handle | None = None
         self._protocol_errors = 0
+        self._numbers = numbers
+        self._stepped_at = 0.0
         self._logged_at = float("-inf")
         self._link = plane.connect(endpoint, self)
 
@@ -91,6 +103,11 @@ class WorkerPeer:
     def open_requests(self) -> int:
         """How many requests the worker has not ended."""
         return len(self._requests)
+
+    @property
+    def running(self) -> int:
+        """How many of them it works on; the others wait for a slot."""
+        return sum(request.in_flight for request in self._requests.values())
 
     @property
     def takes_requests(self) -> bool:
@@ -180,11 +197,15 @@ class WorkerPeer:
             self._drop("wrong_incarnation")
         elif isinstance(message, Step):
             requests = self._requests
+            going_on = tokens = 0
             for delta in message.deltas:
                 request = requests.get(delta.rid)
                 # Normal: what was on its way when the request was aborted, or failed here a moment ago.
                 if request is None or request.ended:
                     continue
+                if request.tokens:
+                    going_on += 1
+                    tokens += len(delta.token_ids)
                 if not request.add(delta):
                     self._out_of_turn(request)
                 elif request.finish is not None:
@@ -192,8 +213,19 @@ class WorkerPeer:
                 elif request.state is RequestState.FAILED:
                     # Its client reads too slowly.
                     self.release(request)
+            self._note_step(going_on, tokens)
         else:
             self._on_single(message)
+
+    def _note_step(self, going_on: int, tokens: int) -> None:
+        """Count the time between two tokens: of all streams of a step at once, because they take their steps together.
+
+        `going_on` streams had had tokens before and got `tokens`; a step that was merged with others brings several.
+        """
+        now = time.monotonic()
+        if tokens and self._stepped_at and self._numbers is not None:
+            self._numbers.gap.add((now - self._stepped_at) * going_on / tokens, tokens)
+        self._stepped_at = now
 
     def _on_single(self, message: Accepted | Refused | Failed | Embedded | Ranked | Tokenized) -> None:
         request = self._requests.get(message.rid)

@@ -7,7 +7,9 @@ from typing import Final
 
 from gateway.catalog import CatalogView
 from gateway.desk import Desk, Route
+from gateway.exposition import Loads
 from gateway.link import DataPlane
+from gateway.numbers import Numbers
 from gateway.peer import WorkerPeer
 from gateway.quarantine import Quarantine
 from protocol.config import GatewayConfig
@@ -35,9 +37,12 @@ class WorkerPool:
     wanted that are loaded on demand.
     """
 
-    def __init__(self, config: GatewayConfig, catalog: CatalogView, report: Callable[[Report], None]) -> None:
+    def __init__(
+        self, config: GatewayConfig, catalog: CatalogView, report: Callable[[Report], None], numbers: Numbers
+    ) -> None:
         self._config = config
         self._report = report
+        self._numbers = numbers
         self._catalog = catalog
         self._plane = DataPlane()
         self._quarantine = Quarantine(config.quarantine_after, config.quarantine_s)
@@ -106,6 +111,14 @@ class WorkerPool:
         self._wanted_at[model.id] = now
         self._report(Wanted(model.id))
 
+    def loads(self) -> dict[str, Loads]:
+        """Return how many requests of each model run and wait."""
+        found = {model: Loads(0, desk.waiting) for model, desk in self._desks.items()}
+        for peer in self._peers():
+            running, (ran, waited) = peer.running, found.get(peer.model, Loads(0, 0))
+            found[peer.model] = Loads(ran + running, waited + peer.open_requests - running)
+        return found
+
     def fail_requests(self, error: LmxError) -> None:
         """End every request."""
         for desk in self._desks.values():
@@ -162,6 +175,7 @@ class WorkerPool:
             model.endpoint,
             slots=1 if known is None else known.max_concurrent_requests,
             owner=self.desk_of(model),
+            numbers=self._numbers.of(model.id),
         )
         self._current[model.id] = peer
         return peer

@@ -123,7 +123,8 @@ class Request:
         #: The number of tokens of which the owner wants to know.
         self.mark: int | None = None
         self.owner: RequestOwner | None = None
-        #: `time.monotonic()` of the first text.
+        #: `time.monotonic()` of the moment when a process first took it, and of the first text.
+        self.accepted_at: float | None = None
         self.first_text_at: float | None = None
         self.rung = False
         #: What `take_extras` would return.
@@ -204,6 +205,8 @@ class Request:
             return False
         self.state = RequestState.ACCEPTED
         self.accepted = True
+        if self.accepted_at is None:
+            self.accepted_at = time.monotonic()
         self.prompt_tokens = prompt_tokens
         self.cached_tokens = cached_tokens
         self.wake()

@@ -239,6 +239,32 @@ class Health(msgspec.Struct):
     version: str
     models_loaded: int | UnsetType = UNSET
     reason: str | UnsetType = UNSET
+    #: Of the machine's memory in use; null while it is not known.
+    memory_percent: float | UnsetType | None = UNSET
+
+
+class MetricSample(msgspec.Struct):
+    """One value of a metric."""
+
+    name: str
+    labels: dict[str, str]
+    value: float
+
+
+class Metric(msgspec.Struct):
+    """One metric with all its values."""
+
+    name: str
+    type: str
+    help: str
+    samples: list[MetricSample]
+
+
+class MetricsDocument(msgspec.Struct):
+    """`/metrics?format=json`."""
+
+    schema: Literal["lmx.metrics/1"]
+    metrics: list[Metric]
 
 
 class Embedding(msgspec.Struct):

@@ -7,14 +7,17 @@ import socket
 from pathlib import Path
 from typing import Any, Final
 
-from gateway.app import build_app
+from gateway.app import Parts, build_app
 from gateway.audit import Audit
 from gateway.audit_store import AuditStore
 from gateway.catalog import CatalogView
 from gateway.control import ControlClient, Lease
+from gateway.exposition import Scene
+from gateway.numbers import Numbers
 from gateway.pool import Report, WorkerPool
 from gateway.server import Server
 from gateway.traffic import Traffic
+from gateway.vitals import VitalsView
 from protocol.control import Catalog, GatewayHeartbeat
 from protocol.errors import LmxError
 from protocol.logs import event, exception_event
@@ -35,14 +38,17 @@ class Service:
         self._listener = listener
         self._loop = asyncio.get_running_loop()
         self._catalog = CatalogView()
-        self._pool = WorkerPool(spec.gateway, self._catalog, self._report)
+        self._numbers = Numbers()
+        self._vitals = VitalsView()
+        self._pool = WorkerPool(spec.gateway, self._catalog, self._report, self._numbers)
         self._traffic = Traffic()
         self._accepting = asyncio.Event()
         self._exit: asyncio.Future[int] = self._loop.create_future()
         self._drains: set[asyncio.Task[None]] = set()
         store = AuditStore(Path(spec.audit_file), spec.audit) if spec.audit_file else None
         self._audit = Audit(store)
-        app = build_app(spec, self._catalog, self._pool, self._traffic, self._audit)
+        parts = Parts(self._catalog, self._pool, self._traffic, self._numbers, self._vitals, self._scene, self._audit)
+        app = build_app(spec, parts)
         self._server = Server(app, self._accepting.set, spec.security)
         lifecycle = spec.lifecycle
         self._lease = Lease(lifecycle.lease_s, lifecycle.slept_s, self._loop.time())
@@ -91,6 +97,10 @@ class Service:
         """Serve these models from now on."""
         self._catalog.replace(catalog)
         self._pool.apply(catalog)
+
+    def vitals(self, status: bytes) -> None:
+        """Keep the supervisor's view of everything, for health and metrics."""
+        self._vitals.take(status)
 
     def drain(self, grace_s: float, *, hand_over: bool) -> None:
         """Take no more requests and say when none is left; then wait to be stopped.
@@ -171,6 +181,17 @@ class Service:
                 draining = True
                 event("lease_expired", level="ERROR", lease_s=self._lease.lease_s)
                 self._start_drain(self._spec.lifecycle.drain_s, WorkerExit.LEASE_EXPIRED)
+
+    def _scene(self) -> Scene:
+        return Scene(
+            self._numbers,
+            self._vitals.fresh,
+            self._catalog.models(),
+            self._pool.loads(),
+            self._catalog.shedding,
+            self._traffic.running,
+            self._server.connection_count(),
+        )
 
     def _heartbeat(self) -> GatewayHeartbeat:
         traffic = self._traffic

@@ -106,6 +106,7 @@ class EventStream:
         if error is not None:
             # No [DONE], and no further request on this connection: a broken answer must not look whole.
             self._call.context.close_after_response()
+            self._call.context.error_code = error.code
             return frame(error_body(error, self._call.context.request_id), "error")
         usage = self._writer.usage(usage_of(self._call)) if self._include_usage else b""
         return usage + DONE

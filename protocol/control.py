@@ -177,7 +177,9 @@ class Catalog(Message, frozen=True, tag=19):
 
 
 class Ping(Message, frozen=True, tag=20):
-    """Renews the lease of its receiver."""
+    """Renews the lease of its receiver. A gateway's brings the document lmx.status/1, with `counters`, as JSON."""
+
+    status: bytes = b""
 
 
 class Assign(Message, frozen=True, tag=21):

@@ -67,6 +67,8 @@ class Rules(NamedTuple):
     admin_per_minute: int
     tokens_per_minute: int
     concurrent_requests: int
+    #: Whether `/metrics` needs no key.
+    metrics_open: bool = False
 
 
 def rules(security: SecurityConfig, limits: LimitsConfig) -> Rules:
@@ -85,6 +87,7 @@ def rules(security: SecurityConfig, limits: LimitsConfig) -> Rules:
         admin_per_minute=_limit(limits.admin_per_minute, ADMIN_PER_MINUTE, profile),
         tokens_per_minute=limits.tokens_per_minute,
         concurrent_requests=limits.concurrent_requests,
+        metrics_open=profile.loopback_only and security.inference_keys != "required",
     )
 
 

@@ -40,6 +40,7 @@ from supervisor.restarts import gateway_policy
 from supervisor.server import Connection, ControlServer
 from supervisor.store import ChildRecord, Desired, DesiredModel, Runtime, Store
 from supervisor.surroundings import Surroundings
+from supervisor.tally import Tally
 from supervisor.warden import Warden
 from supervisor.watching import Changes
 
@@ -67,6 +68,8 @@ class Daemon:
         self._announce: Callable[[str, str], None] | None = announce
         self._platform = current_platform()
         self._journal = Journal(home.journal)
+        self._tally = Tally()
+        self._journal.follow(self._tally.hear)
         self._store = Store(home, self._platform, self._journal.write)
         self._intent = Intent(home, config, self._store, self._journal)
         self._changes = Changes()
@@ -278,9 +281,12 @@ class Daemon:
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(self._config.lifecycle.heartbeat_s)
+            vitals = control.Ping()
+            with self._host.guard("vitals"):
+                vitals = control.Ping(msgspec.json.encode({**self._status(), "counters": self._tally.document()}))
             for managed in list(self._host.slots.values()):
                 with self._host.guard("beat"):
-                    managed.tell(control.Ping())
+                    managed.tell(control.Ping() if managed.model else vitals)
                     if managed.foreign and managed.child is not None:
                         self._host.feed(managed, ev.Beat(Phase.IDLE, 0))  # it cannot tell us itself
             if self._host.spare is not None:

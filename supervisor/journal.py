@@ -55,10 +55,14 @@ class Journal:
         found = [entry for ts, entry in self._recent if ts > since]
         return found[max(0, len(found) - last) :]
 
+    def follow(self, follower: Follower) -> None:
+        """Hand each new entry to `follower`, which must not raise."""
+        self._followers.add(follower)
+
     @contextlib.contextmanager
     def followed(self, follower: Follower) -> Iterator[None]:
-        """Hand each new entry to `follower`, which must not raise, while the block runs."""
-        self._followers.add(follower)
+        """Do so while the block runs."""
+        self.follow(follower)
         try:
             yield
         finally:

@@ -171,6 +171,8 @@ def _model(managed: Managed, now: float) -> dict[str, Any]:
         "kv_limit_bytes": (beat.kv_limit_bytes or None) if beat else None,
         "active_bytes": beat.active_bytes if beat else None,
         "heartbeat_late": slot.late,
+        "cache_bytes": beat.cache_bytes if beat else None,
+        "peak_bytes": beat.peak_bytes if beat else None,
     }
 
 

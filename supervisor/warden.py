@@ -331,6 +331,8 @@ class Warden:
             "reserve_bytes": None if machine.total is None else ledger.reserve(machine.total, config),
             "free_bytes": ledger.free(machine, self._admission.uses(), config),
             "pressure": None if self._pressure is None else self._pressure.name.lower(),
+            "machine_used_share": None if machine.used_share is None else round(machine.used_share, 4),
+            "shed_share": config.shed,
             "shedding": self._whole.shedding,
             "concurrency_share": self._concurrency.share,
             "monitored": not self._whole.unmonitored,

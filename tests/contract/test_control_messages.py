@@ -168,7 +168,11 @@ GOLDEN: tuple[tuple[Any, str], ...] = (
     ),
     (
         Ping(),
-        "9114",
+        "9214c400",
+    ),
+    (
+        Ping(b"{}"),
+        "9214c4027b7d",
     ),
     (
         Assign(b"{}"),

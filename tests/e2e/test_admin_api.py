@@ -19,9 +19,12 @@ from gateway.audit import Audit
 from gateway.catalog import CatalogView
 from gateway.forward import Forwarder
 from gateway.traffic import Traffic
+from gateway.vitals import VitalsView
 from tests.harness import Lmx, chat, deadline
 
 FAULT = {"LMX_WORKER__MODULE": "tests.fault"}
+#: Its canary fails, each time.
+GAMMA = json.dumps({"models": ["gamma"], "at": "warming", "deed": "exit"})
 ACTIONS = ("load", "unload", "restart", "pin", "unpin", "reset")
 
 
@@ -30,7 +33,7 @@ class Admin:
 
     def __init__(self, lmx: Lmx, model: Path) -> None:
         self.lmx = lmx
-        for name in ("alpha", "beta"):
+        for name in ("alpha", "beta", "gamma"):
             shutil.copytree(model, lmx.home / "models" / name)
         lmx.start()
         self.key = (lmx.home / "admin.key").read_text().strip()
@@ -42,6 +45,19 @@ class Admin:
     def post(self, path: str, body: Any = None, status: int = 200, **headers: str) -> Any:
         return self.checked(self.http.post(path, json=body, headers=headers), status)
 
+    def metric(self, name: str, **labels: str) -> float:
+        for metric in self.get("/metrics?format=json")["metrics"]:
+            for sample in metric["samples"]:
+                if (sample["name"], sample["labels"]) == (name, labels):
+                    return float(sample["value"])
+        return -1.0
+
+    def until_metric(self, wanted: float, name: str, **labels: str) -> None:
+        for _ in deadline(30):
+            if self.metric(name, **labels) == wanted:
+                return
+        raise AssertionError((name, labels, self.metric(name, **labels)))
+
     def checked(self, answer: httpx.Response, status: int) -> Any:
         assert answer.status_code == status, (answer.text, self.lmx.tail())
         if status >= 400:
@@ -52,7 +68,7 @@ class Admin:
 
 @contextmanager
 def running(model: Path) -> Iterator[Admin]:
-    lmx = Lmx(**FAULT)
+    lmx = Lmx(**FAULT, LMX_FAULT=GAMMA)
     try:
         made = Admin(lmx, model)
         yield made
@@ -75,7 +91,7 @@ def own_admin(tiny_model: Path) -> Iterator[Admin]:
 
 
 def test_models_are_loaded_kept_replaced_and_unloaded_over_http_and_the_journal_says_by_whom(admin: Admin) -> None:
-    assert sorted(admin.get("/admin/models")["loadable"]) == ["alpha", "beta"]
+    assert sorted(admin.get("/admin/models")["loadable"]) == ["alpha", "beta", "gamma"]
     fit = admin.get("/admin/models/fit?model=alpha")
     assert fit["need_bytes"] > 0
     assert fit["available_bytes"] > 0
@@ -135,7 +151,7 @@ def test_what_cannot_be_done_is_a_problem_in_words_and_never_a_500(admin: Admin)
 
 def routes() -> list[tuple[str, str]]:
     """The method and path of every admin route there is."""
-    found = admin_routes(Forwarder(Path("/nowhere"), 1), CatalogView(), Traffic(), Audit(None))
+    found = admin_routes(Forwarder(Path("/nowhere"), 1), CatalogView(), Traffic(), VitalsView(), Audit(None))
     return [(m, getattr(route, "path", "")) for route in found for m in getattr(route, "methods", ()) if m != "HEAD"]
 
 
@@ -189,7 +205,27 @@ def test_a_crash_can_be_read_over_http(admin: Admin) -> None:
     crash = admin.get(f"/admin/crashes/{crashes[0]['id']}")["crash"]
     assert crash["id"] == crashes[0]["id"]
     assert "stderr" in crash
+    restarts = {"model_name": "alpha", "exit_class": "native_crash"}
+    admin.until_metric(1, "lmx_worker_restarts_total", **restarts)
+    admin.lmx.wait_model("alpha")
+    workers = admin.get("/admin/health")["checks"]["models"]["workers"]
+    assert (workers["alpha"]["last_signal"], workers["alpha"]["restarts"]) == ("SIGABRT", 1)
     admin.post("/admin/models/unload", {"model": "alpha"})
+
+
+def test_a_model_whose_canary_fails_is_never_ready_and_is_counted(admin: Admin) -> None:
+    refused = admin.post("/admin/models/load", {"model": "gamma"}, 503)
+    assert refused["code"] == "model_quarantined"
+    admin.until_metric(1, "lmx_model_quarantines_total", model_name="gamma")
+    assert admin.metric("lmx_canary_failures_total", model_name="gamma") >= 3
+    assert admin.http.get("/readyz").status_code == 503
+    assert admin.metric("lmx_model_state", model_name="gamma", state="quarantined") == 1
+    health = admin.get("/admin/health")
+    assert (health["status"], health["models_loaded"]) == ("degraded", 0)
+    assert health["checks"]["models"]["workers"]["gamma"]["state"] == "quarantined"
+    assert health["memory_usage_percent"] > 0
+    assert health["checks"]["supervisor"]["latency_ms"] > 0
+    admin.post("/admin/models/unload", {"model": "gamma"})
 
 
 @contextmanager

@@ -250,6 +250,7 @@ async def test_an_unhandled_exception_is_a_500_that_says_nothing() -> None:
     import secrets
 
     from gateway.middleware import ErrorBoundary, RequestIdMiddleware
+    from gateway.numbers import Numbers
     from gateway.traffic import Traffic
 
     marker = secrets.token_hex(8)
@@ -265,7 +266,7 @@ async def test_an_unhandled_exception_is_a_500_that_says_nothing() -> None:
         return {"type": "http.disconnect"}
 
     scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"x-request-id", b"abc")], "state": {}}
-    await RequestIdMiddleware(ErrorBoundary(app), Traffic())(scope, receive, send)
+    await RequestIdMiddleware(ErrorBoundary(app), Traffic(), Numbers())(scope, receive, send)
     assert sent[0]["status"] == 500
     body = msgspec.json.decode(sent[1]["body"])["error"]
     assert (body["code"], body["request_id"]) == ("internal_error", "abc")

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gateway.context import context_of
 from gateway.door import front_door
 from gateway.middleware import ErrorBoundary, PathMiddleware, RequestIdMiddleware
+from gateway.numbers import Numbers
 from gateway.traffic import Traffic
 from protocol.config import GatewayConfig, LifecycleConfig, LimitsConfig, SecurityConfig
 from protocol.keys import KeyFile, KeyRecord, digest_of, new_key
@@ -51,7 +52,7 @@ class DoorKit:
             limits or LimitsConfig(), digest_of(ADMIN_KEY.encode()).hex(), str(self.path),
         )  # fmt: skip
         outer, self.door = front_door(spec)
-        around = [Middleware(RequestIdMiddleware, traffic=Traffic()), Middleware(PathMiddleware)]
+        around = [Middleware(RequestIdMiddleware, traffic=Traffic(), numbers=Numbers()), Middleware(PathMiddleware)]
         app = Starlette(middleware=[*around, *outer, Middleware(ErrorBoundary), self.door])
         app.router.default = self._endpoint
         self.app: ASGIApp = app

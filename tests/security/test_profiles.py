@@ -12,6 +12,7 @@ import pytest
 from protocol.config import Config, GatewayConfig, LimitsConfig, SecurityConfig
 from protocol.profiles import ADMIN_PER_MINUTE, INFERENCE_PER_MINUTE, PROFILES, Profile, is_loopback, problems, rules
 from tests.harness import Lmx
+from tests.security.doorkit import ADMIN_KEY, PROXIES, DoorKit
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/security.md"
 #: What makes each profile whole, beyond its name.
@@ -209,3 +210,14 @@ def test_a_damaged_file_of_keys_stops_every_start_but_a_local_one(new_lmx: Calla
 def test_every_profile_of_the_configuration_has_its_row() -> None:
     (field,) = (each for each in msgspec.structs.fields(SecurityConfig) if each.name == "profile")
     assert set(field.type.__args__) == set(PROFILES)
+
+
+@pytest.mark.parametrize("profile", ["local", "lan", "trusted-gateway", "internet"])
+async def test_metrics_are_for_who_may_use_every_model_wherever_others_can_connect(
+    profile: str, tmp_path: Path
+) -> None:
+    kit = DoorKit(tmp_path, profile=profile, trusted_proxies=PROXIES, cors_origins=())
+    keys = ("", "unused", kit.key("all"), kit.key("some", models=("a",)), kit.key("boss", scope="admin"), ADMIN_KEY)
+    peer = "10.0.0.7" if profile != "local" else "127.0.0.1"
+    found = [(await kit.ask("/metrics", key=key, method="GET", peer=peer)).status for key in keys]
+    assert found == ([200] * 6 if profile == "local" else [401, 401, 200, 403, 200, 200])

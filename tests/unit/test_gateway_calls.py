@@ -14,6 +14,7 @@ from gateway.catalog import CatalogView
 from gateway.chat import tool_calls
 from gateway.context import RequestContext, attach
 from gateway.logprobs import LEAST, LegacyWriter, Shown, chat_logprobs, mean, token_name
+from gateway.numbers import Numbers
 from gateway.requests import Extras, Request
 from gateway.responses import Function, ToolCall
 from gateway.traffic import Traffic
@@ -23,7 +24,7 @@ from protocol.data import Finish, Kind, Sampling, TokenLogprob, ToolDelta, TopLo
 
 @pytest.mark.parametrize(("size", "aside"), [(1000, False), (1024 * 1024, False), (1024 * 1024 + 1, True)])
 async def test_a_large_body_is_parsed_beside_the_event_loop(size: int, aside: bool) -> None:
-    calls = Calls(GatewayConfig(), CatalogView(), Mock(), Traffic())
+    calls = Calls(GatewayConfig(), CatalogView(), Mock(), Traffic(), Numbers())
     scope: Scope = {"type": "http", "headers": [], "state": {}}
     attach(scope, RequestContext("r", time.monotonic(), None))
     threads: list[int] = []

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from gateway.catalog import CatalogView
+from gateway.numbers import Numbers
 from gateway.pool import WorkerPool
 from protocol.config import GatewayConfig
 from protocol.control import CatalogModel, Wanted
@@ -19,7 +20,7 @@ async def test_a_model_is_asked_for_once_a_second_however_many_want_it(monkeypat
     now = 100.0
     monkeypatch.setattr("gateway.pool.time.monotonic", lambda: now)
     said: list[Any] = []
-    pool = WorkerPool(GatewayConfig(), CatalogView(), said.append)
+    pool = WorkerPool(GatewayConfig(), CatalogView(), said.append, Numbers())
     for _ in range(50):
         pool.want(model("lazy"))
     pool.want(model("other"))

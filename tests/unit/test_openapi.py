@@ -12,12 +12,14 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from gateway.app import build_app
+from gateway.app import Parts, build_app
 from gateway.audit import Audit
 from gateway.catalog import CatalogView
 from gateway.context import is_admin_path
+from gateway.numbers import Numbers
 from gateway.openapi import OPERATIONS, document
 from gateway.traffic import Traffic
+from gateway.vitals import VitalsView
 from protocol.config import GatewayConfig, LifecycleConfig
 from protocol.spec import GatewaySpec
 
@@ -52,7 +54,8 @@ def test_what_a_stream_sends_is_described_event_by_event() -> None:
 async def test_every_route_of_clients_is_described_and_nothing_else() -> None:
     """Those of administrators are in docs/admin.md."""
     spec = GatewaySpec(1, 0, "", "", "INFO", GatewayConfig(), LifecycleConfig())
-    app: Any = build_app(spec, CatalogView(), Mock(), Traffic(), Audit(None))
+    parts = Parts(CatalogView(), Mock(), Traffic(), Numbers(), VitalsView(), Mock(), Audit(None))
+    app: Any = build_app(spec, parts)
     assert isinstance(app, Starlette)
     routes = {
         (method.lower(), re.sub(r":path", "", route.path))
