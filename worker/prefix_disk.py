@@ -36,9 +36,8 @@ class Loaded(NamedTuple):
 class _Save(NamedTuple):
     name: bytes
     depth: int
-    payload: Sequence[memoryview]
-    #: Keeps the memory of the payload; let go by the main thread, which owns it.
-    owner: Any
+    #: Emptied once it is written: the main thread, which owns its memory, is to be the last to let go of it.
+    payload: list[memoryview]
     nbytes: int
 
 
@@ -48,8 +47,15 @@ class _Load(NamedTuple):
 
 
 class _Saved(NamedTuple):
-    save: _Save
+    name: bytes
     written: bool
+
+
+class _Waiting(NamedTuple):
+    """A block that is to be written, and what keeps its memory."""
+
+    nbytes: int
+    owner: Any
 
 
 class PrefixDisk:
@@ -62,7 +68,7 @@ class PrefixDisk:
         #: What can be asked for.
         self._names: set[bytes] = shelf.open()
         self._ours: set[bytes] = set()
-        self._waiting: dict[bytes, int] = {}
+        self._waiting: dict[bytes, _Waiting] = {}
         self._tickets = 0
         self._results: SimpleQueue[Loaded | _Saved | list[bytes]] = SimpleQueue()
         self._condition = threading.Condition()
@@ -82,7 +88,9 @@ class PrefixDisk:
         return len(self._waiting)
 
     def load(self, names: Sequence[bytes]) -> int:
-        """Ask for blocks; each comes back from `poll` with the number that is returned."""
+        """Ask for blocks; each comes back from `poll` with the number that is returned. 0: nobody is there to ask."""
+        if not self._thread.is_alive():
+            return 0
         self._tickets += 1
         with self._condition:
             self._loads.append(_Load(self._tickets, list(names)))
@@ -93,11 +101,12 @@ class PrefixDisk:
         """Have a block written; return whether it will be. `owner` keeps the payload in memory."""
         if name in self._names or name in self._waiting:
             return True
-        if self._closing or sum(self._waiting.values()) + nbytes > _MAX_WAITING_BYTES or not self._thread.is_alive():
+        waiting = sum(one.nbytes for one in self._waiting.values())
+        if self._closing or waiting + nbytes > _MAX_WAITING_BYTES or not self._thread.is_alive():
             return False
-        self._waiting[name] = nbytes
+        self._waiting[name] = _Waiting(nbytes, owner)
         with self._condition:
-            self._others.append(_Save(name, depth, payload, owner, nbytes))
+            self._others.append(_Save(name, depth, list(payload), nbytes))
             self._condition.notify()
         return True
 
@@ -123,11 +132,10 @@ class PrefixDisk:
             if isinstance(result, list):
                 self._names.difference_update(result)
                 continue
-            name = result.save.name
-            self._waiting.pop(name, None)
+            self._waiting.pop(result.name, None)
             if result.written:
-                self._names.add(name)
-                self._ours.add(name)
+                self._names.add(result.name)
+                self._ours.add(result.name)
 
     def close(self, within_s: float) -> None:
         """Write what waits, as far as that goes in so many seconds."""
@@ -177,7 +185,9 @@ class PrefixDisk:
         if isinstance(item, _Load):
             self._load(item)
         elif isinstance(item, _Save):
-            self._results.put(_Saved(item, self._save(item)))
+            written = self._save(item)
+            item.payload.clear()
+            self._results.put(_Saved(item.name, written))
         else:
             for name, depth in item:
                 with contextlib.suppress(OSError):

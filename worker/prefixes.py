@@ -109,8 +109,8 @@ class Prefixes:
             if name not in disk:
                 break
             wanted.append(name)
-        if wanted:
-            search.ticket = disk.load(wanted)
+        search.ticket = disk.load(wanted) if wanted else 0
+        if search.ticket:
             search.give_up_at = self._clock() + _DISK_WAIT_S
             self._open.add(search.ticket)
         return search

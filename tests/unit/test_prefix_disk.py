@@ -3,6 +3,7 @@
 import os
 import stat
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -222,7 +223,7 @@ def test_no_more_waits_to_be_written_than_so_many_bytes(
         taken = [disk.save(name(n), n, [memoryview(PAYLOAD)], None, len(PAYLOAD)) for n in range(2)]
     assert taken == [True, True]
     with disk._condition:
-        disk._waiting[name(5)] = 2 * len(PAYLOAD)
+        disk._waiting[name(5)] = prefix_disk._Waiting(2 * len(PAYLOAD), None)
     assert not disk.save(name(9), 9, [memoryview(PAYLOAD)], None, len(PAYLOAD))
     del disk._waiting[name(5)]
 
@@ -232,3 +233,35 @@ def test_a_bad_block_is_told_without_its_content(tmp_path: Path) -> None:
     with pytest.raises(BadBlockError) as raised:
         read_block(tmp_path, BINDING, name(1))
     assert "secret" not in str(raised.value)
+
+
+def test_a_disk_whose_thread_ended_is_not_asked(
+    open_disk: Callable[..., PrefixDisk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = open_disk()
+    save(disk, 1)
+
+    def broken(*_: object) -> memoryview:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(prefix_disk, "read_block", broken)
+    assert disk.load([name(1)])
+    disk._thread.join(20)
+    assert disk.load([name(1)]) == 0
+    assert not disk.save(name(2), 0, [memoryview(PAYLOAD)], None, len(PAYLOAD))
+
+
+def test_the_main_thread_is_the_last_to_hold_what_was_written(open_disk: Callable[..., PrefixDisk]) -> None:
+    """It owns the arrays behind it, and frees them."""
+
+    class Owner:
+        pass
+
+    disk, owner = open_disk(), Owner()
+    gone = weakref.ref(owner)
+    assert disk.save(name(1), 0, [memoryview(PAYLOAD)], owner, len(PAYLOAD))
+    del owner
+    disk.close(20)
+    assert gone() is not None
+    settle(disk)
+    assert gone() is None
