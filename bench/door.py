@@ -1,9 +1,9 @@
 """What the door costs a request: the middleware in this process, with and without keys and limits.
 
-.venv/bin/python bench/door.py
+.venv/bin/python -m bench.door
 
 And what keys, limits and the record cost all streams together: two LMX with a tiny model, one without any of it and
-one with all, asked in turns. .venv/bin/python bench/door.py --streams 16
+one with all, asked in turns. .venv/bin/python -m bench.door --streams 16
 """
 
 import argparse
@@ -12,13 +12,17 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from bench.contenders import Lmx
+from bench.report import cpu_ms, tokens_per_s
+from bench.workloads import Workload
 from protocol.config import LimitsConfig
+from supervisor.platform.blas import find_blas
+from tests.modelkit import make_tiny_model
 from tests.security.doorkit import PROXIES, DoorKit
 
 ROUNDS, REQUESTS = 15, 400
@@ -53,7 +57,8 @@ async def measure(kit: DoorKit, *, key: str, keys: int = 0, door: bool = True) -
     async def inner(_scope: Any, receive: Any, _send: Any) -> None:
         await receive()
 
-    app = kit.door.cls(inner, **kit.door.kwargs) if door else inner
+    make: Any = kit.door.cls
+    app: Any = make(inner, **kit.door.kwargs) if door else inner
 
     from gateway.context import RequestContext, attach
     from gateway.hosts import HostGuard
@@ -74,51 +79,69 @@ async def measure(kit: DoorKit, *, key: str, keys: int = 0, door: bool = True) -
     return min(best)
 
 
+class Bare(Lmx):
+    """Without keys, limits and audit."""
+
+    name = "without"
+    settings: Mapping[str, str] = BARE
+
+
+class Control(Bare):
+    """The same once more."""
+
+    name = "without (control)"
+
+
+class Guarded(Lmx):
+    """With all of it, and limits that are never reached."""
+
+    name = "with"
+    settings: Mapping[str, str] = GUARDED
+
+    def _start(self) -> None:
+        super()._start()
+        self.key = self._host.command("keys", "create", "--name", "bench").strip()
+
+
 def served(streams: int, rounds: int, tokens: int, requests: int) -> None:
     """Print the table of three systems, in turns; the first round warms up and does not count.
 
     The control is the same as the first: what is between these two is the machine's noise.
     """
-    from bench.overhead import MODEL, Measured, Served, cpu_ms, rate, spread
-    from tests.harness import Lmx
-    from tests.modelkit import make_tiny_model
-
     work = Path(tempfile.mkdtemp(prefix="lmx-bench-", dir="/tmp"))
-    systems = {"without": Lmx(**BARE), "with": Lmx(**GUARDED), "without (control)": Lmx(**BARE)}
-    results: dict[str, list[Measured]] = {name: [] for name in systems}
+    workload = Workload("door", streams, tokens, requests)
+    results: dict[str, list[dict[str, Any]]] = {"without": [], "with": [], "without (control)": []}
+    found: list[Lmx] = []
     try:
-        folder = make_tiny_model(work / "tiny")
-        contenders = {}
-        for name, lmx in systems.items():
-            lmx.start().load(folder, MODEL)
-            key = lmx.cli("keys", "create", "--name", "bench").stdout.strip() if name == "with" else ""
-            contenders[name] = Served(lmx, key)
-        names = list(contenders)
+        folder, preload = make_tiny_model(work / "tiny"), find_blas(work)
+        found = [Bare(folder, preload, 1), Guarded(folder, preload, 1), Control(folder, preload, 1)]
+        for one in found:
+            one.start()
         for number in range(rounds + 1):
-            for name in names:
-                measured = contenders[name].measure(streams=streams, tokens=tokens, requests=requests)
-                print(f"round {number}: {name} {rate(measured):.0f} tok/s", file=sys.stderr)
-                results[name] += [measured] if number else []
-            names.reverse()
-            names.append(names.pop(0))
+            turn = number % len(found)
+            for one in (found[turn:] + found[:turn])[:: 1 if number % 2 else -1]:
+                measured = one.measure(workload)
+                print(f"round {number}: {one.name} {tokens_per_s(measured):.0f} tok/s", file=sys.stderr)
+                results[one.name] += [measured] if number else []
     finally:
-        for lmx in systems.values():
-            lmx.close()
+        for one in found:
+            one.close()
         shutil.rmtree(work, ignore_errors=True)
     print(f"{streams} streams, {tokens} tokens an answer, {rounds} rounds in turns.\n")
     print("| keys, limits, audit | tok/s | its ratio | CPU of a token, its ratio | gateway: CPU ms per 1,000 tokens |")
     print("|---|---|---|---|---|")
-    bare = results["without"]
-    for name, found in results.items():
-        pairs = list(zip(bare, found, strict=True))
-        speed = median(rate(b) / rate(a) for a, b in pairs)
-        cpu = median(_cpu(b) / _cpu(a) for a, b in pairs)
-        print(f"| {name} | {spread(found, rate)} | {speed:.3f} | {cpu:.3f} | {cpu_ms(found, 'gateway'):.1f} |")
+    for name, rows in results.items():
+        rates, cpu = list(map(tokens_per_s, rows)), median(map(cpu_ms("gateway"), rows))
+        pairs = list(zip(results["without"], rows, strict=True))
+        speed = median(tokens_per_s(b) / tokens_per_s(a) for a, b in pairs)
+        cost = median(_cpu(b) / _cpu(a) for a, b in pairs)
+        spread = f"{median(rates):.0f} ({min(rates):.0f} to {max(rates):.0f})"
+        print(f"| {name} | {spread} | {speed:.3f} | {cost:.3f} | {cpu:.1f} |")
 
 
 def _cpu(measured: dict[str, Any]) -> float:
-    """Return the CPU seconds of a token: a machine shared with others changes it less than the time on the clock."""
-    return float((measured["cpu_s"]["worker"] + measured["cpu_s"]["gateway"]) / measured["tokens"])
+    """Return the CPU time of a token: a machine shared with others changes it less than the time on the clock."""
+    return cpu_ms("worker")(measured) + cpu_ms("gateway")(measured)
 
 
 def audit_us(folder: Path) -> float:

@@ -36,6 +36,7 @@ from gateway.traffic import Traffic
 from gateway.vitals import VitalsView
 from protocol.errors import LmxError
 from protocol.spec import GatewaySpec
+from protocol.tracing import Tracer
 
 _LONGER_S: Final = 5.0
 
@@ -50,13 +51,14 @@ class Parts(NamedTuple):
     vitals: VitalsView
     scene: Callable[[], Scene]
     audit: Audit
+    tracer: Tracer | None = None
 
 
 def build_app(spec: GatewaySpec, parts: Parts) -> ASGIApp:
     """Return the ASGI application. Paths are written without `/v1`; `PathMiddleware` accepts both."""
     config, catalog, traffic = spec.gateway, parts.catalog, parts.traffic
     outer, door = front_door(spec)
-    calls = Calls(config, catalog, parts.pool, traffic, parts.numbers)
+    calls = Calls(config, catalog, parts.pool, traffic, parts.numbers, parts.tracer)
     # The supervisor's own limit comes first: it knows better words.
     forwarder = Forwarder(Path(spec.control_socket), spec.lifecycle.command_timeout_s + _LONGER_S)
     logs = Path(spec.log_file).parent if spec.log_file else None

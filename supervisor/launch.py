@@ -53,6 +53,7 @@ class Launcher:
             keys_file=str(home.keys),
             audit=config.audit,
             audit_file=str(home.audit) if config.audit.enabled else "",
+            tracing=config.tracing,
         )
         write_spec(file, spec)
         output = home.logs / f"{name}.out"
@@ -117,6 +118,7 @@ class Launcher:
             preloaded=self.preload.library if self.preload is not None else "",
             output_file=str(home.logs / f"{name}.out"),
             memory=self.limits(model),
+            tracing=config.tracing,
         )
         write_spec(home.spec(name, incarnation), spec)
         return msgspec.json.encode(spec)
