@@ -4,10 +4,10 @@
 SHELL = /bin/sh
 ARGS =
 
-.PHONY: help setup run test check fmt rows chaos clients bench lock clean
+.PHONY: help setup run test check fmt rows smoke chaos clients bench perf-gate soak lock clean
 
 help: ## what there is (the default)
-	@sed -n 's/^\([a-z]*\):.*## */  make \1	/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## */  make \1	/p' Makefile
 
 setup: ## create .venv and install the locked dependencies; does nothing when up to date
 	@PYTHON="$(PYTHON)" scripts/setup
@@ -27,14 +27,23 @@ fmt: setup ## format and fix what can be fixed safely
 rows: setup ## one test per row of the failure matrix
 	@scripts/test tests/chaos $(ARGS)
 
+smoke: setup ## the production smoke list against an LMX of its own; ARGS="--url URL --admin-key KEY" for a running one
+	@scripts/smoke $(ARGS)
+
 chaos: setup ## the long runs with faults, about 40 minutes
 	@scripts/chaos
 
 clients: setup ## real clients (openai, langchain, litellm, …) against a real LMX; needs the package registries
 	@scripts/clients $(ARGS)
 
-bench: setup ## LMX against the same engine in-process
-	@.venv/bin/python bench/overhead.py $(ARGS)
+bench: setup ## LMX beside its engine in-process and other servers, about 10 minutes; ARGS for `python -m bench`
+	@scripts/bench $(ARGS)
+
+perf-gate: setup ## whether a change made it slower: ratios of a short run beside bench/baseline.json; docs/slo.md
+	@.venv/bin/python -m bench.gate $(ARGS)
+
+soak: setup ## 100,000 requests without growth, before a worker without a model
+	@.venv/bin/python -m bench.soak $(ARGS)
 
 lock: ## resolve the dependencies anew (maintainers; needs uv); ARGS=--upgrade for new versions
 	@scripts/lock $(ARGS)

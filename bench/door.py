@@ -1,21 +1,40 @@
 """What the door costs a request: the middleware in this process, with and without keys and limits.
 
-.venv/bin/python bench/door.py
+.venv/bin/python -m bench.door
+
+And what keys, limits and the record cost all streams together: two LMX with a tiny model, one without any of it and
+one with all, asked in turns. .venv/bin/python -m bench.door --streams 16
 """
 
+import argparse
 import asyncio
+import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, Final
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from bench.contenders import Lmx
+from bench.report import cpu_ms, tokens_per_s
+from bench.workloads import Workload
 from protocol.config import LimitsConfig
+from supervisor.platform.blas import find_blas
+from tests.modelkit import make_tiny_model
 from tests.security.doorkit import PROXIES, DoorKit
 
 ROUNDS, REQUESTS = 15, 400
+BARE: Final = {"LMX_AUDIT__ENABLED": "false"}
+#: Limits that are counted and never reached.
+GUARDED: Final = {
+    "LMX_SECURITY__PROFILE": "lan",
+    "LMX_SECURITY__INFERENCE_KEYS": "required",
+    "LMX_LIMITS__INFERENCE_PER_MINUTE": "1000000",
+    "LMX_LIMITS__TOKENS_PER_MINUTE": "1000000000",
+    "LMX_LIMITS__CONCURRENT_REQUESTS": "1000",
+}
 MANY = LimitsConfig(inference_per_minute=1_000_000, tokens_per_minute=1_000_000_000, concurrent_requests=1000)
 SECURITY: dict[str, Any] = {"profile": "lan", "trusted_proxies": PROXIES}
 
@@ -38,7 +57,8 @@ async def measure(kit: DoorKit, *, key: str, keys: int = 0, door: bool = True) -
     async def inner(_scope: Any, receive: Any, _send: Any) -> None:
         await receive()
 
-    app = kit.door.cls(inner, **kit.door.kwargs) if door else inner
+    make: Any = kit.door.cls
+    app: Any = make(inner, **kit.door.kwargs) if door else inner
 
     from gateway.context import RequestContext, attach
     from gateway.hosts import HostGuard
@@ -57,6 +77,56 @@ async def measure(kit: DoorKit, *, key: str, keys: int = 0, door: bool = True) -
             took += time.thread_time() - began
         best.append(took / REQUESTS * 1e6)
     return min(best)
+
+
+class Bare(Lmx):
+    """Without keys, limits and audit."""
+
+    name = "without"
+    settings: Mapping[str, str] = BARE
+
+
+class Guarded(Lmx):
+    """With all of it, and limits that are never reached."""
+
+    name = "with"
+    settings: Mapping[str, str] = GUARDED
+
+    def _start(self) -> None:
+        super()._start()
+        self.key = self._host.command("keys", "create", "--name", "bench").strip()
+
+
+def served(streams: int, rounds: int, tokens: int, requests: int) -> None:
+    """Print the table of both, in turns; the first round warms up and does not count."""
+    work = Path(tempfile.mkdtemp(prefix="lmx-bench-", dir="/tmp"))
+    workload = Workload("door", streams, tokens, requests)
+    results: dict[str, list[dict[str, Any]]] = {"without": [], "with": []}
+    found: list[Lmx] = []
+    try:
+        folder, preload = make_tiny_model(work / "tiny"), find_blas(work)
+        found = [Bare(folder, preload, 1), Guarded(folder, preload, 1)]
+        for one in found:
+            one.start()
+        for number in range(rounds + 1):
+            for one in found if number % 2 else found[::-1]:
+                measured = one.measure(workload)
+                print(f"round {number}: {one.name} {tokens_per_s(measured):.0f} tok/s", file=sys.stderr)
+                results[one.name] += [measured] if number else []
+    finally:
+        for one in found:
+            one.close()
+        shutil.rmtree(work, ignore_errors=True)
+    bare, guarded = results["without"], results["with"]
+    ratio = median(map(tokens_per_s, guarded)) / median(map(tokens_per_s, bare))
+    pairs = median(tokens_per_s(b) / tokens_per_s(a) for a, b in zip(bare, guarded, strict=True))
+    print(f"{streams} streams, {tokens} tokens an answer, {rounds} alternating rounds.\n")
+    print("| keys, limits, audit | tok/s: median (lowest to highest) | gateway: CPU ms per 1,000 tokens |")
+    print("|---|---|---|")
+    for name, rows in results.items():
+        rates, cpu = list(map(tokens_per_s, rows)), median(map(cpu_ms("gateway"), rows))
+        print(f"| {name} | {median(rates):.0f} ({min(rates):.0f} to {max(rates):.0f}) | {cpu:.1f} |")
+    print(f"\nRatio of the medians {ratio:.3f}, median of the ratios of each round {pairs:.3f}.")
 
 
 async def main() -> None:
@@ -78,4 +148,13 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--streams", type=int, default=0, help="compare two whole systems with so many streams")
+    parser.add_argument("--rounds", type=int, default=8, help="alternating rounds (default: 8)")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of each answer (default: 128)")
+    parser.add_argument("--requests", type=int, default=4, help="requests of a stream in a round (default: 4)")
+    args = parser.parse_args()
+    if args.streams:
+        served(args.streams, args.rounds, args.tokens, args.requests)
+    else:
+        asyncio.run(main())

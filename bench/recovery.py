@@ -1,8 +1,8 @@
 """How fast a death is seen and made good, from the supervisor's own journal.
 
-`bench/overhead.py` uses it for its last table. Alone, `python bench/recovery.py`, it compares a model's recovery with
-the warm spare and without: two supervisors in one session on the same model folder, killed in turns, so that a noisy
-machine disturbs both. The table goes to stdout, progress to stderr.
+`python -m bench.recovery` kills a model and the gateway, and then compares a model's recovery with the warm spare and
+without: two supervisors in one session on the same model folder, killed in turns, so that a noisy machine disturbs
+both. The tables go to stdout, progress to stderr. From a checkout only.
 """
 
 import argparse
@@ -103,6 +103,7 @@ def _next_life(lmx: Lmx, pid: int, changed: str) -> tuple[float, float]:
 
 
 def main() -> int:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description="A model's recovery with the warm spare and without, as a ratio.")
     parser.add_argument("--model", type=Path, help="an MLX model folder (default: a tiny random model)")
     parser.add_argument("--kills", type=int, default=7, help="of each of the two (default: 7)")
@@ -115,6 +116,7 @@ def main() -> int:
         for lmx in hosts.values():
             lmx.start()
             lmx.load(folder, MODEL)
+        deaths = measure_recovery(hosts["without"], MODEL, args.kills, lambda text: print(text, file=sys.stderr))
         found: dict[str, list[tuple[float, float]]] = {"with": [], "without": []}
         for number in range(args.kills):
             print(f"kill {number + 1}/{args.kills}", file=sys.stderr)
@@ -124,6 +126,7 @@ def main() -> int:
         for lmx in hosts.values():
             lmx.close()
         shutil.rmtree(work, ignore_errors=True)
+    print(deaths_table(deaths))
     print(spare_table(found))
     return 0
 
@@ -141,6 +144,13 @@ def _recover(lmx: Lmx, *, spare: bool) -> tuple[float, float]:
     lines = [json.loads(line) for file in (lmx.home / "logs").glob(f"{MODEL}-*.log") for line in file.open()]
     loads = [line["load_s"] for line in lines if line["event"] == "worker_ready"]
     return ready - at, float(loads[-1])
+
+
+def deaths_table(found: dict[str, list[float]]) -> str:
+    """Return the Markdown table of what `measure_recovery` returned."""
+    rows = ["| | median ms | lowest to highest |", "|---|---|---|"]
+    rows += [f"| {name} | {median(of):.0f} | {min(of):.0f} to {max(of):.0f} |" for name, of in found.items()]
+    return "\n".join([*rows, ""])
 
 
 def spare_table(found: dict[str, list[tuple[float, float]]]) -> str:

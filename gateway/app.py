@@ -36,6 +36,7 @@ from gateway.traffic import Traffic
 from gateway.vitals import VitalsView
 from protocol.errors import LmxError
 from protocol.spec import GatewaySpec
+from protocol.tracing import Tracer
 
 _LONGER_S: Final = 5.0
 
@@ -50,6 +51,7 @@ class Parts(NamedTuple):
     vitals: VitalsView
     scene: Callable[[], Scene]
     audit: Audit
+    tracer: Tracer | None = None
 
 
 def build_app(spec: GatewaySpec, parts: Parts) -> ASGIApp:
@@ -57,7 +59,7 @@ def build_app(spec: GatewaySpec, parts: Parts) -> ASGIApp:
     config, catalog, traffic = spec.gateway, parts.catalog, parts.traffic
     outer, door = front_door(spec)
     isolate = spec.security.isolate_prefixes
-    calls = Calls(config, catalog, parts.pool, traffic, parts.numbers, isolate_prefixes=isolate)
+    calls = Calls(config, catalog, parts.pool, traffic, parts.numbers, parts.tracer, isolate_prefixes=isolate)
     # The supervisor's own limit comes first: it knows better words.
     forwarder = Forwarder(Path(spec.control_socket), spec.lifecycle.command_timeout_s + _LONGER_S)
     logs = Path(spec.log_file).parent if spec.log_file else None

@@ -25,6 +25,8 @@ class Access:
     client: str
     key: KeyRecord | None = None
     admin: bool = False
+    #: An identity provider says who it is.
+    token: bool = False
 
     @property
     def priority(self) -> int:
@@ -55,6 +57,11 @@ class Credential:
     key: bytes = b""
     #: What is wrong with them, in words, if nobody could tell which key is meant.
     ambiguous: str = ""
+
+
+def looks_like_a_token(key: bytes) -> bool:
+    """Return whether this could be a JSON Web Token: three parts, the first a JSON object in base64."""
+    return key.startswith(b"eyJ") and key.count(b".") == 2
 
 
 def credential_of(scope: Scope) -> Credential:
@@ -96,22 +103,25 @@ class Authenticator:
         self._admin = bytes.fromhex(admin_digest)
         self._required = keys_required
 
-    def admin(self, credential: Credential) -> Access:
-        """Return the access of an administrator; raise 401 for no key, 403 for one that does not suffice."""
-        access = self._known(credential)
+    def admin(self, credential: Credential, token: Access | None = None) -> Access:
+        """Return the access of an administrator; raise 401 for no key, 403 for one that does not suffice.
+
+        `token` is what an identity provider's token allows, if the credential is one that was found good.
+        """
+        access = token or self._known(credential)
         if access is not None and access.admin:
             return access
         if credential.ambiguous or not credential.key:
             raise unauthorized(credential.ambiguous or f"This route needs the admin key. {_HOW}")
         raise LmxError("forbidden", "This route needs the admin key, or a key with the scope admin.")
 
-    def inference(self, credential: Credential, address: str) -> Access:
+    def inference(self, credential: Credential, address: str, token: Access | None = None) -> Access:
         """Return the access to everything else; raise 401.
 
         Where no key is needed, one that is not ours counts for nothing (clients often send `unused`), but one of our
         form has to be good: who is given a key shall learn that it was revoked.
         """
-        access = self._known(credential)
+        access = token or self._known(credential)
         if access is not None:
             return access
         if credential.ambiguous:

@@ -29,12 +29,14 @@ from gateway.parameters import ignored_header
 from gateway.pool import WorkerPool
 from gateway.priority import priority_of
 from gateway.requests import Request, RequestState, Rids
+from gateway.spans import asked_for, error_of, outcome, span_name
 from gateway.traffic import Traffic
 from protocol.config import GatewayConfig
 from protocol.control import CatalogModel
 from protocol.data import MAX_FRAME_BYTES, ChatMessage, ChatOptions, Kind, Sampling, Submit
 from protocol.errors import LmxError
 from protocol.logs import event
+from protocol.tracing import NullTracer, Tracer, traced
 
 _ON_CRASH: Final = {b"continue": True, b"fail": False}
 #: A larger body is parsed beside the event loop.
@@ -98,6 +100,7 @@ class Calls:
         pool: WorkerPool,
         traffic: Traffic,
         numbers: Numbers,
+        tracer: Tracer | None = None,
         *,
         isolate_prefixes: bool = False,
     ) -> None:
@@ -108,6 +111,7 @@ class Calls:
         self._pool = pool
         self._traffic = traffic
         self._numbers = numbers
+        self._tracer = tracer or NullTracer()
         self._bodies = BodyReader(config.max_body_bytes)
         self._rids = Rids()
 
@@ -166,6 +170,8 @@ class Calls:
         requests: list[Request] = []
         prompts: list[Request] = []
         groups: dict[int, int] = {}
+        span = self._tracer.start(span_name(asked[0].kind, found.id), context.traceparent, asked_for(found.id, asked))
+        context.traceparent = span.traceparent
         for wanted in asked:
             rid = self._rids.new()
             if wanted.group not in groups:
@@ -181,6 +187,7 @@ class Calls:
                 client=client,
                 priority=priority,
                 group=groups[wanted.group] if wanted.group else 0,
+                traceparent=context.traceparent,
                 salt=client if self._isolate else "",
             )
             request = Request(
@@ -210,6 +217,7 @@ class Calls:
             call.leave()
             context.tokens_used = call.prompt_tokens + sum(len(request.tokens) for request in requests)
             self._count(call)
+            span.end(outcome(call), error_of(call))
             _log(call, streams, time.monotonic())
 
     def _count(self, call: Call) -> None:
@@ -260,6 +268,7 @@ def _log(call: Call, streams: bool, now: float) -> None:
         "request_id": context.request_id,
         "model": worked.model,
         "kind": call.requests[0].kind.name.lower(),
+        **traced(call.context.traceparent),
         "stream": streams,
         "client": context.client,
         "priority": call.requests[0].priority,

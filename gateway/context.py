@@ -63,6 +63,8 @@ class RequestContext:
     access: Access | None = None
     #: Its address, as far as it can be told: that of a trusted proxy's client. Also of one that is refused.
     address: str = ""
+    #: W3C trace context: the client's, then that of our own span; empty if nobody traces the request.
+    traceparent: str = ""
     #: Of the error that it was answered with, or that ended its stream; empty if none did.
     error_code: str = ""
     #: Tokens of prompt and answer, once they are known: what a limit on tokens counts in the end.

@@ -6,13 +6,13 @@ does not exist, is inference. Whatever goes wrong in here refuses the request.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.auth import Access, Authenticator, credential_of, unauthorized
+from gateway.auth import Access, Authenticator, Credential, credential_of, looks_like_a_token, unauthorized
 from gateway.context import context_of, is_admin_path
 from gateway.hosts import HostGuard
 from gateway.identity import client_address, client_name, peer_address, within
@@ -25,6 +25,9 @@ from protocol.errors import LmxError
 from protocol.logs import exception_event
 from protocol.profiles import Rules, rules
 from protocol.spec import GatewaySpec
+
+if TYPE_CHECKING:
+    from gateway.jwt_access import TokenVerifier
 
 #: No key, no limit, any host: for probes.
 HEALTH: Final = frozenset({"/healthz", "/readyz"})
@@ -46,6 +49,11 @@ def front_door(spec: GatewaySpec) -> tuple[list[Middleware], Middleware]:
     settings = rules(spec.security, spec.limits)
     keyring = Keyring(Path(spec.keys_file) if spec.keys_file else None)
     authenticator = Authenticator(keyring, spec.admin_digest, keys_required=settings.keys_required)
+    tokens = None
+    if spec.security.jwt_keys:
+        from gateway.jwt_access import TokenVerifier  # noqa: PLC0415 - an extra, and half a second
+
+        tokens = TokenVerifier(spec.security)
     outer = [Middleware(HostGuard, allowed=settings.hosts, health=HEALTH)]
     if settings.origins:
         cors = Middleware(
@@ -58,12 +66,14 @@ def front_door(spec: GatewaySpec) -> tuple[list[Middleware], Middleware]:
         outer.append(cors)
     limiter = Limiter(settings)
     limit = spec.gateway.max_body_bytes
-    return outer, Middleware(Door, rules=settings, authenticator=authenticator, limiter=limiter, max_body_bytes=limit)
+    return outer, Middleware(
+        Door, rules=settings, authenticator=authenticator, limiter=limiter, max_body_bytes=limit, tokens=tokens
+    )
 
 
 def _check_metrics(access: Access) -> None:
     """Metrics name every model and say how much each is used: they are for who may use them all."""
-    if access.key is None and not access.admin:
+    if access.key is None and not (access.admin or access.token):
         raise unauthorized("The metrics of this server need the admin key, or an API key that is good for every model.")
     if access.models:
         raise LmxError("forbidden", "A key for some models only may not see the metrics of all.")
@@ -84,12 +94,20 @@ class Door:
     """The middleware."""
 
     def __init__(
-        self, app: ASGIApp, *, rules: Rules, authenticator: Authenticator, limiter: Limiter, max_body_bytes: int
+        self,
+        app: ASGIApp,
+        *,
+        rules: Rules,
+        authenticator: Authenticator,
+        limiter: Limiter,
+        max_body_bytes: int,
+        tokens: "TokenVerifier | None" = None,
     ) -> None:
         self._app = app
         self._rules = rules
         self._authenticator = authenticator
         self._limiter = limiter
+        self._tokens = tokens
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -160,7 +178,7 @@ class Door:
         credential = credential_of(scope)
         if is_admin_path(scope["path"]):
             try:
-                access = self._authenticator.admin(credential)
+                access = self._authenticator.admin(credential, await self._token(credential))
             except LmxError:
                 # Counted before it is refused: nobody guesses keys faster than this.
                 await self._limiter.admin(address, headers)
@@ -169,7 +187,7 @@ class Door:
                 await self._limiter.admin(access.client, headers)
             return _Visit(access, self._limiter.budget(access), address)
         try:
-            access = self._authenticator.inference(credential, address)
+            access = self._authenticator.inference(credential, address, await self._token(credential))
             if scope["path"] == _METRICS and not self._rules.metrics_open:
                 _check_metrics(access)
         except LmxError:
@@ -184,6 +202,12 @@ class Door:
             self._limiter.enter(access.client, visit.budget.concurrent)
             visit.running = True
         return visit
+
+    async def _token(self, credential: Credential) -> Access | None:
+        """Return what an identity provider's token allows, None if there is none; raise `LmxError` for a bad one."""
+        if self._tokens is None or credential.ambiguous or not looks_like_a_token(credential.key):
+            return None
+        return await self._tokens.access(credential.key)
 
     def _check_peer(self, scope: Scope) -> None:
         """Where everyone has to come through a proxy, nobody else may connect, but this machine itself."""

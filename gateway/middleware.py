@@ -8,13 +8,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.audit import Audit
 from gateway.audit_rows import CLIENT_GONE, QUIET
-from gateway.context import ClientGoneError, RequestContext, attach, connection_of, context_of
+from gateway.context import ClientGoneError, RequestContext, attach, connection_of, context_of, header
 from gateway.errors import send_error
 from gateway.ids import client_id, request_id
 from gateway.numbers import Numbers
 from gateway.traffic import Traffic
 from protocol.errors import LmxError
 from protocol.logs import event, exception_event
+from protocol.tracing import parse_traceparent, traced
 
 _DOUBLE_SLASHES: Final = re.compile(r"/{2,}")
 _UNDER_V1: Final = re.compile(r"^/(?!admin|ws|ui|metrics|healthz|readyz|openapi)")
@@ -48,6 +49,7 @@ class RequestIdMiddleware:
             await self._app(scope, receive, send)
             return
         context = RequestContext(request_id(scope), time.monotonic(), connection_of(scope), client_id=client_id(scope))
+        context.traceparent = parse_traceparent(header(scope, b"traceparent"))
         attach(scope, context)
         status = CLIENT_GONE
 
@@ -57,6 +59,8 @@ class RequestIdMiddleware:
                 status = message.get("status", 101)
                 if self._traffic.closing:
                     context.headers.append((b"connection", b"close"))
+                if context.traceparent:
+                    context.headers.append((b"traceparent", context.traceparent.encode("ascii")))
                 message["headers"] = [
                     *message.get("headers", ()),
                     *context.headers,
@@ -84,6 +88,7 @@ class RequestIdMiddleware:
                 ms=round(took * 1000, 1),
                 request_id=context.request_id,
                 client=context.client,
+                **traced(context.traceparent),
             )
         if self._audit is not None:
             shown = _UNDER_V1.sub("/v1/", route) if route else "unmatched"

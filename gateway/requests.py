@@ -184,6 +184,7 @@ class Request:
             echo=submit.echo,
             group=submit.group,
             dimensions=submit.dimensions,
+            traceparent=submit.traceparent,
             salt=submit.salt,
         )
 

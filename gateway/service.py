@@ -23,6 +23,7 @@ from protocol.errors import LmxError
 from protocol.logs import event, exception_event
 from protocol.spec import GatewaySpec
 from protocol.states import WorkerExit
+from protocol.tracing import make_tracer
 
 _LEASE_CHECKS: Final = 20
 _MAX_LEASE_CHECK_S: Final = 1.0
@@ -45,9 +46,11 @@ class Service:
         self._accepting = asyncio.Event()
         self._exit: asyncio.Future[int] = self._loop.create_future()
         self._drains: set[asyncio.Task[None]] = set()
+        self._tracer = make_tracer(spec.tracing, "lmx-gateway")
         store = AuditStore(Path(spec.audit_file), spec.audit) if spec.audit_file else None
         self._audit = Audit(store)
-        parts = Parts(self._catalog, self._pool, self._traffic, self._numbers, self._vitals, self._scene, self._audit)
+        scene, numbers = self._scene, self._numbers
+        parts = Parts(self._catalog, self._pool, self._traffic, numbers, self._vitals, scene, self._audit, self._tracer)
         app = build_app(spec, parts)
         self._server = Server(app, self._accepting.set, spec.security)
         lifecycle = spec.lifecycle
@@ -88,6 +91,7 @@ class Service:
             await asyncio.gather(control, lease, *self._drains, return_exceptions=True)
             self._pool.close()
             self._audit.close(_AUDIT_CLOSE_S)
+            await asyncio.to_thread(self._tracer.close)
         event("gateway_stopped", code=code)
         return code
 

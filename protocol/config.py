@@ -73,6 +73,15 @@ class SecurityConfig(_Section, frozen=True):
     cors_origins: Names = ("auto",)
     #: Networks (CIDR) of proxies whose `X-Forwarded-For` counts.
     trusted_proxies: Names = ()
+    #: JSON Web Tokens of an identity provider (extra `lmx[jwt]`): all three, or none. `jwt_keys` is its JWKS: a file or
+    #: an https address.
+    jwt_issuer: str = ""
+    jwt_audience: str = ""
+    jwt_keys: str = ""
+    jwt_algorithms: Names = ("RS256", "ES256")
+    #: A scope that a token must have to be let in, and one that makes its bearer an administrator; empty: none.
+    jwt_scope: str = ""
+    jwt_admin_scope: str = ""
     #: Requests of different keys, or of different addresses where there are none, share no cached prefix.
     isolate_prefixes: bool = False
     #: PEM files; with both the gateway speaks TLS.
@@ -104,6 +113,8 @@ class ModelsConfig(_Section, frozen=True):
     slot_timeout_s: Annotated[float, msgspec.Meta(ge=0.05, le=300)] = 30.0
     #: Tokens of all prompts together that are processed between two decode steps.
     prefill_step_tokens: Annotated[int, msgspec.Meta(ge=16, le=65536)] = 512
+    #: Tokens generated within so long of those sent last go out together; 0 sends those of each step.
+    gather_s: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.008
 
 
 class WorkerConfig(_Section, frozen=True):
@@ -262,6 +273,17 @@ class LogConfig(_Section, frozen=True):
     level: Literal["TRACE", "DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
 
 
+class TracingConfig(_Section, frozen=True):
+    """Spans of requests (`protocol.tracing`). `traceparent` is passed on whatever this says."""
+
+    #: Nowhere; into the log; to an OpenTelemetry collector, which needs the extra `lmx[otel]`.
+    spans: Literal["none", "log", "otlp"] = "none"
+    #: Of the collector, with its path. Empty: OTEL_EXPORTER_OTLP_ENDPOINT, else http://localhost:4318/v1/traces.
+    endpoint: str = ""
+    #: Share of traces that are kept, of those that begin here.
+    sample: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
+
+
 class Config(_Section, frozen=True):
     """The whole of `lmx.toml`."""
 
@@ -276,3 +298,4 @@ class Config(_Section, frozen=True):
     audit: AuditConfig = AuditConfig()
     thermal: ThermalConfig = ThermalConfig()
     log: LogConfig = LogConfig()
+    tracing: TracingConfig = TracingConfig()

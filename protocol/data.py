@@ -154,7 +154,7 @@ class ToolDelta(Message, frozen=True):
 
 
 class Delta(Message, frozen=True):
-    """What one request gained in one engine step. `finish` and `usage` are set on its last delta only.
+    """What one request gained in one engine step, or in several. `finish` and `usage` are set on its last delta only.
 
     `text` is of the answer proper; `reasoning` what the model thought, `tool_calls` what it called. Within one delta
     the order is: reasoning, text, tool calls. With `Submit.echo` the first delta begins with the prompt.
@@ -203,6 +203,8 @@ class Submit(Message, frozen=True, tag=1):
     group: int = 0
     #: Length of the embeddings, 0 for the model's own.
     dimensions: int = 0
+    #: W3C trace context of the call, "" if nobody traces it.
+    traceparent: str = ""
     #: Requests with different ones share no cached prefix; never a key.
     salt: str = ""
 
@@ -227,7 +229,7 @@ class Accepted(Message, frozen=True, tag=33):
 
 
 class Step(Message, frozen=True, tag=34):
-    """All deltas of one engine step for one gateway."""
+    """All deltas for one gateway of one engine step, or of several together; `step` is the last of them."""
 
     incarnation: int
     step: int

@@ -1,10 +1,12 @@
 """The security profiles: one table of what each demands, and what a configuration lacks for its own."""
 
+import importlib.util
 import ipaddress
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -13,6 +15,10 @@ from protocol.config import Config, LimitsConfig, SecurityConfig
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
+#: Of tokens: signatures with a public half only. `none` and HMAC are not among them and cannot be configured.
+JWT_ALGORITHMS: Final = (
+    "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA",
+)  # fmt: skip
 #: Requests a minute of one client, where the profile limits them.
 INFERENCE_PER_MINUTE: Final = 60
 ADMIN_PER_MINUTE: Final = 10
@@ -110,8 +116,9 @@ def problems(config: Config, *, admin_key: bool, inference_keys: int) -> list[st
     if profile.keys_required:
         if security.inference_keys == "optional":
             found.append(f"profile {name} needs keys for inference: security.inference_keys may not be optional")
-        if not inference_keys:
+        if not inference_keys and not security.jwt_keys:
             found.append(f"profile {name} needs a key for inference: lmx-supervisor keys create --name NAME")
+    found += _jwt_problems(security, profile)
     if profile.cors is None and security.cors_origins == ("auto",):
         found.append(
             f"profile {name} needs a choice of web pages: set security.cors_origins to their origins, or to []"
@@ -167,6 +174,40 @@ def _malformed(security: SecurityConfig) -> list[str]:
     if bool(security.tls_certificate) != bool(security.tls_key):
         found.append("security.tls_certificate and security.tls_key belong together: set both or none")
     return found
+
+
+def _jwt_problems(security: SecurityConfig, profile: Profile) -> list[str]:
+    """Return what is wrong with the configuration of tokens, each in words."""
+    parts = {name: getattr(security, name) for name in ("jwt_issuer", "jwt_audience", "jwt_keys")}
+    if not any(parts.values()):
+        if security.jwt_scope or security.jwt_admin_scope:
+            return ["security.jwt_scope and jwt_admin_scope need security.jwt_issuer, jwt_audience and jwt_keys"]
+        return []
+    found = [f"security.{name} is missing: tokens need issuer, audience and keys" for name, v in parts.items() if not v]
+    if not profile.keys_required and security.inference_keys == "auto":
+        found.append(
+            "with tokens it has to be said whether everybody needs one, or an API key: set security.inference_keys to "
+            "required or optional"
+        )
+    found += [
+        f"security.jwt_algorithms: {name!r} is not allowed: choose of {', '.join(JWT_ALGORITHMS)}"
+        for name in security.jwt_algorithms
+        if name not in JWT_ALGORITHMS
+    ]
+    if not security.jwt_algorithms:
+        found.append("security.jwt_algorithms is empty: name at least one")
+    if not _is_trusted_place(security.jwt_keys):
+        found.append("security.jwt_keys: keys come over https, from a file (/…), or over http from this machine itself")
+    if not all(importlib.util.find_spec(module) for module in ("jwt", "cryptography")):
+        found.append('security.jwt_keys needs the extra: pip install "lmx[jwt]"')
+    return found
+
+
+def _is_trusted_place(place: str) -> bool:
+    parts = urlsplit(place)
+    if parts.scheme in {"http", "https"}:
+        return bool(parts.hostname) and (parts.scheme == "https" or is_loopback(parts.hostname or ""))
+    return place.startswith("/")
 
 
 def _not_proxies(text: str) -> str:

@@ -5,7 +5,15 @@ from typing import TypeVar
 
 import msgspec
 
-from protocol.config import AuditConfig, GatewayConfig, LifecycleConfig, LimitsConfig, ModelsConfig, SecurityConfig
+from protocol.config import (
+    AuditConfig,
+    GatewayConfig,
+    LifecycleConfig,
+    LimitsConfig,
+    ModelsConfig,
+    SecurityConfig,
+    TracingConfig,
+)
 
 SpecT = TypeVar("SpecT", bound=msgspec.Struct)
 
@@ -44,6 +52,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     #: Where stdout and stderr belong; a spare, which was started before it had a name, moves there.
     output_file: str = ""
     memory: MemoryLimits = MemoryLimits()
+    tracing: TracingConfig = TracingConfig()
     #: Where prefixes outlive the process, and how many bytes those of all models may take there; "" is nowhere.
     prefix_folder: str = ""
     prefix_disk_bytes: int = 0
@@ -78,6 +87,7 @@ class GatewaySpec(msgspec.Struct, frozen=True):
     audit: AuditConfig = AuditConfig()
     #: Where requests are noted; without it they are not.
     audit_file: str = ""
+    tracing: TracingConfig = TracingConfig()
 
 
 def write_spec(file: Path, spec: msgspec.Struct) -> None:

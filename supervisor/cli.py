@@ -1,6 +1,7 @@
 """`lmx-supervisor`: what operators type. stdout is data, stderr is progress, exit codes are `CliExit`."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -235,6 +236,26 @@ def reset(home: Home, model: str) -> None:
 def resume(home: Home) -> None:
     """Leave safe mode and load what should be live."""
     _command(home, control.ResumeRequest())
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--streams", default="1,4,16", show_default=True, help="Clients at a time, several numbers with commas.")
+@click.option("--tokens", default=128, show_default=True, help="Tokens of each answer.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds, in alternating order.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for report.md, report.json and plots.")
+@click.pass_obj
+@_reports
+def bench(home: Home, model: str, streams: str, tokens: int, rounds: int, out: Path | None) -> None:
+    """Measure MODEL on this machine: LMX beside the same engine in-process and mlx_lm.server.
+
+    An LMX of its own, in a home of its own, so nothing that runs is touched; but memory and processor are shared.
+    """
+    folder = _fetched(home, model).folder
+    options = ["--model", str(folder), "--streams", streams, "--tokens", str(tokens), "--rounds", str(rounds)]
+    options += ["--out", str(out)] if out else []
+    # Another program, which may speak HTTP: nothing of it is loaded here.
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "bench", *options])
 
 
 @cli.command()

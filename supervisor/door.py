@@ -2,13 +2,22 @@
 
 import ssl
 import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from protocol.config import Config
 from protocol.config_load import BadConfigError
 from protocol.keys import KeyFile, KeyStoreError
 from protocol.paths import Home
 from protocol.profiles import is_loopback, problems
+from protocol.tracing import tracing_problems
 from supervisor.adminkey import admin_digest
+
+
+class _KeySet(msgspec.Struct):
+    keys: list[dict[str, Any]]
 
 
 def check_door(home: Home, config: Config) -> None:
@@ -26,11 +35,24 @@ def check_door(home: Home, config: Config) -> None:
         keys = ()
     now = time.time()
     usable = sum(not key.expired(now) for key in keys)
-    found = problems(config, admin_key=bool(digest), inference_keys=usable)
+    found = problems(config, admin_key=bool(digest), inference_keys=usable) + tracing_problems(config.tracing)
+    if config.security.jwt_keys and "://" not in config.security.jwt_keys:
+        found += _key_file_problems(Path(config.security.jwt_keys))
     if config.security.tls_certificate and config.security.tls_key:
         found += _tls_problems(config)
     if found:
         raise BadConfigError("\n       ".join(found))
+
+
+def _key_file_problems(file: Path) -> list[str]:
+    """Return what is wrong with a file of public keys; what the keys are is for the gateway to see."""
+    try:
+        keys = msgspec.json.decode(file.read_bytes(), type=_KeySet).keys
+    except OSError as error:
+        return [f"security.jwt_keys: {file} cannot be read: {error.strerror}"]
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return [f"security.jwt_keys: {file} is not a JSON Web Key Set"]
+    return [] if keys else [f"security.jwt_keys: {file} has no keys"]
 
 
 def _tls_problems(config: Config) -> list[str]:

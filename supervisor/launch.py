@@ -53,6 +53,7 @@ class Launcher:
             keys_file=str(home.keys),
             audit=config.audit,
             audit_file=str(home.audit) if config.audit.enabled else "",
+            tracing=config.tracing,
         )
         write_spec(file, spec)
         output = home.logs / f"{name}.out"
@@ -119,6 +120,7 @@ class Launcher:
             memory=self._memory(model, degraded=degraded),
             prefix_folder=str(home.cache) if config.prefix.disk else "",
             prefix_disk_bytes=config.prefix.disk_bytes,
+            tracing=config.tracing,
         )
         write_spec(home.spec(name, incarnation), spec)
         return msgspec.json.encode(spec)

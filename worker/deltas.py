@@ -35,6 +35,20 @@ def make_delta(
     return _delta(request, said, tokens, finish, logprobs)
 
 
+def join(first: Delta, then: Delta) -> Delta:
+    """Return what a request gained in two steps, as one; `first` is not its last."""
+    return Delta(
+        first.rid,
+        first.text + then.text,
+        first.token_ids + then.token_ids,
+        then.finish,
+        then.usage,
+        first.reasoning + then.reasoning,
+        first.tool_calls + then.tool_calls,
+        first.logprobs + then.logprobs,
+    )
+
+
 def end_whole(request: Request) -> Delta:
     """Return the end of a request with nothing left to generate."""
     stopped = request.answer.stopped

@@ -6,6 +6,7 @@ from typing import Final
 import msgspec
 
 from protocol.data import Submit
+from protocol.tracing import Span
 from worker.jobs import Answer, Job, Prepared
 from worker.room import Projection
 
@@ -42,6 +43,9 @@ class Request(msgspec.Struct):
     client: str = ""
     priority: int = 0
     projection: Projection = Projection(0, 0)
+    #: The context of the trace it belongs to, and its own piece of that.
+    traceparent: str = ""
+    span: Span | None = None
     #: Completion tokens at which more cache has to be promised.
     grow_at: float = float("inf")
 

@@ -4,13 +4,10 @@ One turn: wait for anything, then tokens of the engine, frames of gateways, fram
 waits for the engine: a heartbeat that stops means that this thread is gone, and only that.
 """
 
-import contextlib
 import faulthandler
 import os
 import signal
-import socket
 import threading
-from collections import deque
 from queue import SimpleQueue
 from time import monotonic
 from typing import Final
@@ -21,6 +18,7 @@ from protocol.logs import event
 from protocol.spec import WorkerSpec
 from protocol.standstill import Standstill
 from protocol.states import WorkerExit
+from protocol.tracing import make_tracer
 from worker import jobs as engine
 from worker.control import ControlClient
 from worker.entry import Limits
@@ -36,10 +34,10 @@ from worker.jobs import (
     Readied,
     Serving,
     Status,
-    Stepped,
     Warming,
 )
 from worker.link import RETRY_S, DataLink
+from worker.mailbox import Mailbox
 from worker.relief import Relief
 from worker.report import Report
 from worker.requests import NEVER, Book
@@ -60,11 +58,7 @@ class IoThread:
         self._spec = spec
         self._commands = commands
         self._status = status
-        self._events: deque[Event] = deque()
-        self._awake = False
-        self._wake_in, self._wake_out = socket.socketpair()
-        self._wake_in.setblocking(False)
-        self._wake_out.setblocking(False)
+        self._mail = Mailbox(status, spec.models.gather_s)
         self._thread = threading.Thread(target=self._run, name="io", daemon=True)
         self._bound = threading.Event()
         self._bind_error: OSError | None = None
@@ -84,6 +78,8 @@ class IoThread:
         self._end_by = NEVER
         self._clear_at = now + spec.memory.clear_every_s
         self._relief = Relief()
+        # Here, before anybody waits for a heartbeat: the import takes half a second where spans are wanted.
+        self._tracer = make_tracer(spec.tracing, "lmx-worker")
         self._exit_code = WorkerExit.ASKED
         self._done = False
 
@@ -92,7 +88,7 @@ class IoThread:
     @property
     def wake_fd(self) -> int:
         """Where the signal module may write signal numbers: this thread then sees them while the main one is busy."""
-        return self._wake_out.fileno()
+        return self._mail.wake_fd
 
     def start(self) -> None:
         """Bind, say hello, and return; raise `OSError` if the endpoint cannot be bound."""
@@ -102,12 +98,8 @@ class IoThread:
             raise self._bind_error
 
     def emit(self, happened: Event) -> None:
-        """Hand over an event; never waits. One byte wakes the thread, however many events it then finds."""
-        self._events.append(happened)
-        if not self._awake:
-            self._awake = True
-            with contextlib.suppress(BlockingIOError):  # full of wake-ups already
-                self._wake_out.send(b"\0")
+        """Hand over an event; never waits."""
+        self._mail.put(happened)
 
     def finish(self, code: WorkerExit, message: str) -> None:
         """Say the last words, flush and close; returns within 2 s."""
@@ -124,7 +116,7 @@ class IoThread:
             return
         finally:
             self._bound.set()
-        self._link.watch(self._wake_in.fileno())
+        self._link.watch(self._mail.fileno)
         self._control.dial(monotonic())
         while not self._done:
             self._turn()
@@ -135,7 +127,7 @@ class IoThread:
         self._standstill.rest_until(due)
         readable, fds = self._link.wait(due - monotonic())
         self._forgive_standstill()
-        if self._wake_in.fileno() in fds:
+        if self._mail.fileno in fds:
             self._on_wake(monotonic())
         if readable:
             self._inbound.receive()
@@ -171,6 +163,7 @@ class IoThread:
         return min(
             monotonic() + _MAX_WAIT_S,
             self._heartbeat_at,
+            self._mail.due,
             self._retry_at,
             self._drain_by if not self._report.drained else NEVER,
             self._end_by,
@@ -182,6 +175,8 @@ class IoThread:
         )
 
     def _on_timers(self, now: float) -> None:
+        if now >= self._mail.due:
+            self._take_events(now)
         control, book = self._control, self._book
         if not control.connected and now >= control.dial_at:
             control.dial(now)
@@ -243,23 +238,21 @@ class IoThread:
     # -- events of the main thread ----------------------------------------------------------------------------
 
     def _on_wake(self, now: float) -> None:
-        try:
-            arrived = set(self._wake_in.recv(4096))
-        except BlockingIOError:
-            arrived = set()
-        # Before the events are taken: one that is added after this line writes a new byte.
-        self._awake = False
-        while self._events:
-            self._on_event(self._events.popleft(), now)
+        arrived = self._mail.read_wake_ups()
+        self._take_events(now)
         if arrived & _ENDING_SIGNALS and not self._done:
             event("sigterm_received")
             self._end(WorkerExit.ASKED, "signal", now)
 
+    def _take_events(self, now: float) -> None:
+        for happened in self._mail.take():
+            if not isinstance(happened, list):
+                self._on_event(happened, now)
+            elif self._book is not None:
+                self._book.on_steps(happened, now)
+
     def _on_event(self, happened: Event, now: float) -> None:
         match happened:
-            case Stepped():
-                if self._book is not None:
-                    self._book.on_step(happened, now)
             case Answered():
                 if isinstance(self._book, WholeBook):
                     self._book.on_answers(happened, now)
@@ -289,6 +282,7 @@ class IoThread:
             send=self._link.send,
             command=self._commands.put,
             room=Room(loaded.cache, self._spec.memory.kv_bytes),
+            tracer=self._tracer,
         )
         self._book = self._inbound.book = book
         self._relief.apply(book, now)
@@ -360,6 +354,7 @@ class IoThread:
     def _close(self) -> None:
         self._link.close(_FLUSH_S)
         self._control.finish(_FLUSH_S / 2)
+        self._tracer.close()
         self._done = True
 
 

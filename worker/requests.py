@@ -24,7 +24,8 @@ from protocol.data import (
 from protocol.errors import ERRORS, LmxError
 from protocol.kvsize import KvShape
 from protocol.logs import event, exception_event
-from worker.deltas import end_whole, make_delta
+from protocol.tracing import NullTracer, Tracer, traced
+from worker.deltas import end_whole, join, make_delta
 from worker.entry import Limits, Request, enter
 from worker.jobs import AT_STOP, GOES_ON, Command, Prepared, Remove, Scored, Stepped, Vocabulary
 from worker.room import Room
@@ -59,6 +60,7 @@ class Book:
         send: Callable[[bytes, Reply], None],
         command: Callable[[Command], None],
         room: Room | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         """`room` is the cache that may be promised; without it as much as is asked for."""
         self._limits = limits
@@ -73,6 +75,7 @@ class Book:
         self._running: dict[int, Request] = {}
         self._jobs: dict[tuple[bytes, int], int] = {}
         self._last_job = 0
+        self._tracer = tracer or NullTracer()
         self._closed_for: LmxError | None = None
         #: Requests that were ever admitted.
         self.admitted = 0
@@ -123,6 +126,7 @@ class Book:
         if displaced is not None:
             self._end(displaced, self._slots.busy("others had waited for their first turn"), now)
         self.admitted += 1
+        request.span = self._tracer.start("generate", request.traceparent, {"lmx.incarnation": self._incarnation})
         self._jobs[request.key] = request.job.id
         self._waiting[request.job.id] = request
         self._slots.wait(request)
@@ -162,25 +166,33 @@ class Book:
 
     # -- what the engine says ---------------------------------------------------------------------------------
 
-    def on_step(self, stepped: Stepped, now: float) -> None:
-        """Turn the tokens of one engine step into one message per gateway."""
-        deltas: dict[bytes, list[Delta]] = {}
+    def on_steps(self, steps: Sequence[Stepped], now: float) -> None:
+        """Turn the tokens of engine steps, at least one, into one message per gateway."""
+        deltas: dict[bytes, dict[int, Delta]] = {}
         running = self._running
-        for job, token, end in stepped.tokens:
-            request = running.get(job)
-            if request is None:  # removed while this step ran
-                continue
-            failed = request.answer.failed if end == AT_STOP else None
-            if failed is not None:
-                self._end(job, failed, now)
-                continue
-            scored = stepped.scores.get(job, ()) if stepped.scores else ()
-            delta = self._advance(request, token, end, scored, now)
-            deltas.setdefault(request.gateway, []).append(delta)
-        for gateway, of_gateway in deltas.items():
-            self._send(gateway, Step(self._incarnation, stepped.step, of_gateway))
+        for stepped in steps:
+            for job, token, end in stepped.tokens:
+                request = running.get(job)
+                if request is None:  # removed while this step ran
+                    continue
+                failed = request.answer.failed if end == AT_STOP else None
+                if failed is not None:
+                    self._send_deltas(stepped.step, deltas)  # what it said before comes before
+                    self._end(job, failed, now)
+                    continue
+                scored = stepped.scores.get(job, ()) if stepped.scores else ()
+                delta = self._advance(request, token, end, scored, now)
+                of_gateway = deltas.setdefault(request.gateway, {})
+                before = of_gateway.get(job)
+                of_gateway[job] = delta if before is None else join(before, delta)
+        self._send_deltas(steps[-1].step, deltas)
         if self._waiting:
             self._fill_slots(now)
+
+    def _send_deltas(self, step: int, deltas: dict[bytes, dict[int, Delta]]) -> None:
+        for gateway, of_gateway in deltas.items():
+            self._send(gateway, Step(self._incarnation, step, list(of_gateway.values())))
+        deltas.clear()
 
     def _advance(self, request: Request, token: int, end: int, scored: Sequence[Scored], now: float) -> Delta:
         delta = make_delta(request, token, end, scored, self._vocabulary)
@@ -249,6 +261,7 @@ class Book:
         self._last_job += 1
         request = self._enter(self._last_job, gateway, submit, prepared, now, self._limits)
         request.projection = projection
+        request.traceparent = submit.traceparent
         if projection.tokens < projection.prompt + projection.answer:
             request.grow_at = projection.tokens - projection.prompt
         return request
@@ -279,6 +292,7 @@ class Book:
                 resumed_tokens=len(request.job.said),
                 max_tokens=request.job.max_tokens,
                 waited_ms=round((now - request.received_at) * 1000),
+                **traced(request.traceparent),
             )
 
     def _expect(self, request: Request) -> None:
@@ -328,7 +342,17 @@ class Book:
             prompt_tokens=len(request.job.prompt),
             completion_tokens=request.completion_tokens,
             ms=round((now - request.received_at) * 1000),
+            **traced(request.traceparent),
         )
+        if request.span is not None:
+            request.span.end(
+                {
+                    "gen_ai.usage.input_tokens": len(request.job.prompt),
+                    "gen_ai.usage.output_tokens": request.completion_tokens,
+                    "lmx.reason": why,
+                },
+                why if why in ERRORS else "",
+            )
 
 
 def tokenize_with(vocabulary: Vocabulary | None, submit: Submit) -> tuple[list[int], str]:

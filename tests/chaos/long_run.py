@@ -328,12 +328,22 @@ def main() -> int:
         for name in MODELS:
             lmx.load(model, name)
         verdict, run, before, after = asyncio.run(go(arguments, lmx))
+        wrong = judge(arguments, verdict, run, before, after)
+        if wrong:
+            keep_evidence(lmx, arguments.what)
     finally:
         lmx.close()
         shutil.rmtree(folder, ignore_errors=True)
-    wrong = judge(arguments, verdict, run, before, after)
     report(arguments, verdict, run, before, after, wrong)
     return 1 if wrong else 0
+
+
+def keep_evidence(lmx: Lmx, what: str) -> None:
+    """Copy the journal and the logs to where they can be read after the run."""
+    folder = Path(tempfile.mkdtemp(prefix=f"lmx-{what}-", dir="/tmp"))
+    for name in ("logs", "state", "crashes"):
+        shutil.copytree(lmx.home / name, folder / name, ignore_dangling_symlinks=True)
+    sys.stderr.write(f"\njournal and logs are kept in {folder}\n")
 
 
 def judge(

@@ -95,9 +95,11 @@ def test_16_streams_are_one_batch_and_greedy_text_is_that_of_mlx_lm(gateway: Gat
     assert [answer.tokens for answer in answers] == token_ids
     assert [answer.text for answer in answers] == texts
     assert all(answer.finish is data.Finish.LENGTH for answer in answers)
-    # Batched: alone, 16 answers would take 16 times their length in steps, each with one delta.
+    # Batched: alone, 16 answers would take 16 times their length in messages, each with one delta. Steps that come fast
+    # go out together, so there are fewer messages than tokens of one answer.
     assert len(gateway.steps) < 3 * LENGTH
-    assert sum(deltas == 16 for _, deltas in gateway.steps) > LENGTH / 2
+    assert max(deltas for _, deltas in gateway.steps) == 16, "all sixteen in one step"
+    assert sum(deltas for _, deltas in gateway.steps) > 4 * len(gateway.steps), gateway.steps
 
 
 def test_a_seed_gives_the_same_text_alone_and_among_others(gateway: Gateway) -> None:

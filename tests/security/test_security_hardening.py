@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from gateway import auth, keyring, windows
 from gateway.auth import Credential, credential_of
+from gateway.context import RequestContext, attach
 from gateway.hosts import is_allowed, own_names
 from gateway.identity import client_address, client_name, parse_hop
 from gateway.keyring import Keyring
@@ -108,6 +109,7 @@ class TestAdminRoutes:
                 "headers": [(b"authorization", key)],
                 "client": ("1.2.3.4", 1),
             }
+            attach(scope, RequestContext("r", 0.0, None))
             await door(scope, None, send)
             assert bool(reached) == passes
             assert sent == ([] if passes else [{"type": "websocket.close", "code": 1008}])

@@ -78,7 +78,7 @@ class Desk:
         scores = [Scored(ord(one), -1.0 if at else None, []) for at, one in enumerate(prompt)]
         if letter:
             scores.append(Scored(token, -2.0, []))
-        self.book.on_step(Stepped(5, [(job.id, token, end)], {job.id: scores} if scored else {}), 1.0)
+        self.book.on_steps([Stepped(5, [(job.id, token, end)], {job.id: scores} if scored else {})], 1.0)
         (delta,) = self.sent[-1].deltas
         assert isinstance(delta, Delta)
         return delta
@@ -196,3 +196,26 @@ def test_an_echoed_prompt_does_not_count_as_unread_and_its_answer_does() -> None
     given_up = [outbox.add(Step(1, step, more)) for step in range(MAX_UNSENT_BYTES // 512)]
     assert given_up[0] == []
     assert [7] in given_up
+
+
+def test_steps_that_are_taken_together_are_one_message_with_one_delta_for_each_request() -> None:
+    desk = Desk()
+    desk.submit(1, logprobs=0)
+    desk.submit(2)
+    first, second = (job.id for job in desk.jobs())
+    scores = [{first: [Scored(ord(letter), -2.0, [])]} for letter in "abc"]
+    desk.sent.clear()
+    steps = [
+        Stepped(5, [(first, ord("a"), GOES_ON), (second, ord("x"), GOES_ON)], scores[0]),
+        Stepped(6, [(first, ord("b"), GOES_ON), (second, ord("y"), AT_LENGTH)], scores[1]),
+        Stepped(7, [(first, ord("c"), GOES_ON)], scores[2]),
+    ]
+    desk.book.on_steps(steps, 1.0)
+    (message,) = desk.sent
+    assert isinstance(message, Step)
+    assert message.step == 7
+    one, two = message.deltas
+    assert (one.rid, one.text, one.token_ids, spelled(one), one.finish) == (1, "abc", [97, 98, 99], "abc", None)
+    assert (two.rid, two.text, two.token_ids, two.finish) == (2, "xy", [120, 121], Finish.LENGTH)
+    assert two.usage is not None
+    assert two.usage.completion_tokens == 2

@@ -312,7 +312,7 @@ def test_every_dependency_has_a_line_with_its_reason() -> None:
     project = tomllib.loads(page("pyproject.toml"))["project"]
     wanted = {
         re.split(r"[^a-z0-9-]", requirement.lower())[0]
-        for requirement in [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+        for requirement in [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
     }
     documented = {
         code(name): cells[1:]
@@ -354,8 +354,8 @@ def test_the_readme_uses_the_default_port_and_model() -> None:
 
 
 def test_make_targets_that_are_named_exist() -> None:
-    targets = set(re.findall(r"^([a-z]+):", page("Makefile"), re.MULTILINE))
-    spans = [span for name in PAGES for span in re.findall(r"`(make [a-z]+)", page(name))]
+    targets = set(re.findall(r"^([a-z-]+):", page("Makefile"), re.MULTILINE))
+    spans = [span for name in PAGES for span in re.findall(r"`(make [a-z][a-z-]*)", page(name))]
     assert {span.removeprefix("make ") for span in spans} <= targets
     assert {"run", "test", "setup"} <= targets
 

@@ -13,6 +13,8 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("protocol", "gateway", "worker", "supervisor")
+#: Of the extras, imported only where they are asked for.
+OPTIONAL = {"opentelemetry"}
 MLX = {"mlx", "mlx_lm"}
 HTTP = {"http", "starlette", "uvicorn", "httpx", "aiohttp", "requests"}
 
@@ -111,9 +113,9 @@ def test_nothing_uses_base_http_middleware() -> None:
 @pytest.mark.parametrize(
     ("package", "forbidden"),
     [
-        ("gateway", MLX | {"transformers", "tokenizers", "worker", "supervisor"}),
-        ("supervisor", MLX | {"transformers", "zmq", "starlette", "uvicorn", "worker", "gateway"}),
-        ("protocol", MLX | {"transformers", "zmq", "starlette", "uvicorn"}),
+        ("gateway", MLX | OPTIONAL | {"transformers", "tokenizers", "worker", "supervisor", "prometheus_client"}),
+        ("supervisor", MLX | OPTIONAL | {"transformers", "zmq", "starlette", "uvicorn", "worker", "gateway"}),
+        ("protocol", MLX | OPTIONAL | {"transformers", "zmq", "starlette", "uvicorn"}),
     ],
 )
 def test_importing_a_whole_package_pulls_in_nothing_it_must_not_have(package: str, forbidden: set[str]) -> None:

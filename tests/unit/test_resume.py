@@ -65,7 +65,7 @@ class Life:
             token = self._tokens[at] if at < len(self._tokens) else END
             left -= 1
             end = AT_STOP if token == END else AT_LENGTH if left == 0 else GOES_ON
-            self.book.on_step(Stepped(step, [(job.id, token, end)]), 1.0)
+            self.book.on_steps([Stepped(step, [(job.id, token, end)])], 1.0)
             at += 1
             if end != GOES_ON:
                 return

@@ -65,7 +65,7 @@ class Desk:
             self.book.submit(gateway, submit(rid, **sampling), now)
 
     def step(self, number: int, text_of: dict[int, str], end: int = GOES_ON, now: float = 1.0) -> None:
-        self.book.on_step(Stepped(number, [(job, ord(text), end) for job, text in text_of.items()]), now)
+        self.book.on_steps([Stepped(number, [(job, ord(text), end) for job, text in text_of.items()])], now)
 
     def take(self) -> list[Any]:
         sent, self.sent = [message for _, message in self.sent], []
@@ -275,7 +275,7 @@ def test_whatever_happens_slots_and_answers_add_up(seed: int) -> None:
                 step += 1
                 ends = {job: rng.choice([GOES_ON, GOES_ON, AT_STOP, AT_LENGTH]) for job in engine}
                 engine -= {job for job, end in ends.items() if end != GOES_ON}
-                desk.book.on_step(Stepped(step, [(job, 97, end) for job, end in ends.items()]), now)
+                desk.book.on_steps([Stepped(step, [(job, 97, end) for job, end in ends.items()])], now)
         for command in desk.commands:
             engine = engine | {command.id} if isinstance(command, Job) else engine - set(command.jobs)
             assert len(engine) <= slots

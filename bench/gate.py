@@ -1,0 +1,212 @@
+"""Has it become slower? `make perf-gate` compares ratios of a short run with `bench/baseline.json`.
+
+Every figure is CPU time of ours over CPU time of something else in the same run (the engine in-process, a fixed piece
+of Python, a bare interpreter), or memory: wall time would tell who else uses the machine. A figure that is worse than
+the baseline by more than the tolerance is measured once more; if it still is, the exit code is 1.
+
+`LMX_PERF_BASELINE` names another machine's file, `LMX_PERF_TOLERANCE` another share than 0.15. `--update` writes.
+"""
+
+import argparse
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from bench import peers
+from bench.alone import Alone
+from bench.compare import head
+from bench.contenders import InProcess, Lmx
+from bench.measures import resident_bytes
+from bench.workloads import Workload
+from supervisor.platform.blas import find_blas
+
+_BASELINE: Final = Path(__file__).with_name("baseline.json")
+_TOLERANCE: Final = 0.15
+_MIB: Final = 1024**2
+#: Steps a second that a busy machine keeps up with, so that each token is an event of its own.
+_STEPS: Final = "100"
+Figures = dict[str, float]
+
+
+class Least:
+    """The least of what was measured under a name. What disturbs makes CPU times longer, never shorter."""
+
+    def __init__(self) -> None:
+        self._least: dict[str, float] = {}
+
+    def add(self, name: str, value: float) -> None:
+        """Note a value."""
+        self._least[name] = min(value, self._least.get(name, value))
+
+    def of(self, name: str) -> float:
+        """Return the least of a name."""
+        return self._least[name]
+
+    def names(self) -> list[str]:
+        """Return the names that have a value."""
+        return list(self._least)
+
+
+def verdict(found: Mapping[str, float], baseline: Mapping[str, float], tolerance: float) -> list[str]:
+    """Return the names of the figures that are worse than allowed: lower is better for all of them.
+
+    A figure without a baseline passes; so does one of the baseline that was not measured.
+    """
+    return [name for name, value in found.items() if name in baseline and value > baseline[name] * (1 + tolerance)]
+
+
+def table(found: Mapping[str, float], baseline: Mapping[str, float], tolerance: float) -> str:
+    """Return what was found beside what was expected."""
+    bad = set(verdict(found, baseline, tolerance))
+    lines = ["| figure | found | baseline | |", "|---|---|---|---|"]
+    for name, value in found.items():
+        was = baseline.get(name)
+        if was is None:
+            lines.append(f"| {name} | {value:.3g} | – | |")
+            continue
+        words = f"{value / was - 1:+.0%}"
+        lines.append(f"| {name} | {value:.3g} | {was:.3g} | {f'**{words}: too much**' if name in bad else words} |")
+    return "\n".join(lines)
+
+
+def work_s() -> float:
+    """Return the CPU seconds of a fixed piece of Python, of the kind that the gateway does: our unit."""
+    began = time.thread_time()
+    for _ in range(3):
+        kept: dict[int, bytes] = {}
+        for number in range(12_000):
+            kept[number % 512] = b"data: %b\n\n" % msgspec.json.encode({"n": number, "text": f"word {number}"})
+        if len(kept) != 512:
+            raise AssertionError
+    return time.thread_time() - began
+
+
+def child_cpu_s(command: list[str], environ: Mapping[str, str] | None = None) -> float:
+    """Return the CPU seconds of a command from its start to its end."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, env=environ, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def _starts(rounds: int) -> Figures:
+    """Imports of gateway and command line, over those of an interpreter with a library that both need."""
+    environ = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    python = [sys.executable, "-P", "-c"]
+    programs = {
+        "start of the gateway": "import gateway.__main__",
+        "start of the command line": "import supervisor.cli",
+    }
+    least = Least()
+    for _ in range(2 * rounds + 1):
+        least.add("bare", child_cpu_s([*python, "import json, msgspec"], environ))
+        for name, program in programs.items():
+            least.add(name, child_cpu_s([*python, program], environ))
+    return {f"{name}, CPU over a bare start": least.of(name) / least.of("bare") for name in programs}
+
+
+def _alone(work: Path, rounds: int) -> Figures:
+    """The gateway and the IO thread before a worker without a model."""
+    alone = Alone(work, _STEPS, LMX_MODELS__GATHER_S="0")
+    least = Least()
+    try:
+        pids = alone.host.pids()
+        memory = {f"memory at start: {part}, MiB": resident_bytes(pid) / _MIB for part, pid in pids.items()}
+        alone.ask(Workload("warm-up", 64, 32))
+        for _ in range(rounds):
+            least.add("unit", work_s())
+            streams = alone.ask(Workload("streams", 64, 150))
+            requests = alone.ask(Workload("requests", 8, 1, 25))
+            least.add("unit", work_s())
+            for part in ("gateway", "worker"):
+                each = streams["cpu_s"][part] / streams["events"]
+                least.add(f"{part}: CPU of 10,000 events, in units", each * 1e4)
+                each = requests["cpu_s"][part] / requests["requests"]
+                least.add(f"{part}: CPU of 100 short requests, in units", each * 100)
+    finally:
+        alone.host.close()
+    return {name: least.of(name) / least.of("unit") for name in least.names() if name != "unit"} | memory
+
+
+def _engine(work: Path, rounds: int) -> Figures:
+    """What generating costs in a worker, over the same batch in-process."""
+    folder, preload = peers.tiny_model(work / "tiny"), find_blas(work / "blas")
+    engine, lmx = InProcess(folder, preload, 1, lean=True), Lmx(folder, preload, 1)
+    workload = Workload("16 streams", 16, 96)
+    least = Least()
+    try:
+        for contender in (engine, lmx):
+            contender.start()
+            contender.measure(Workload("warm-up", 16, 16))
+        for number in range(rounds):
+            for contender in (engine, lmx) if number % 2 else (lmx, engine):
+                measured = contender.measure(workload)
+                part = "engine" if contender is engine else "worker"
+                least.add(part, measured["cpu_s"][part] / measured["tokens"])
+    finally:
+        engine.close()
+        lmx.close()
+    return {"worker: CPU of a token over in-process": least.of("worker") / least.of("engine")}
+
+
+PARTS: Final[Mapping[str, Callable[[Path, int], Figures]]] = {
+    "engine": _engine,
+    "alone": _alone,
+    "starts": lambda _work, rounds: _starts(rounds),
+}
+
+
+def measure(work: Path, rounds: int, parts: list[str], say: Callable[[str], None]) -> Figures:
+    """Return all figures of these parts."""
+    found: Figures = {}
+    for part in parts:
+        say(f"perf-gate: {part}")
+        with tempfile.TemporaryDirectory(dir=work) as folder:
+            found |= PARTS[part](Path(folder), rounds)
+    return found
+
+
+def read_baseline(file: Path) -> Figures:
+    """Return the figures of a baseline; none if there is no such file."""
+    if not file.exists():
+        return {}
+    baseline: dict[str, Any] = json.loads(file.read_text())
+    return dict(baseline["figures"])
+
+
+def main() -> int:
+    """Measure, compare, say."""
+    parser = argparse.ArgumentParser(prog="perf-gate", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parts", default=",".join(PARTS), help="of " + ", ".join(PARTS))
+    parser.add_argument("--update", action="store_true", help="write what is found as the baseline")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    file = Path(os.environ.get("LMX_PERF_BASELINE") or _BASELINE)
+    tolerance = float(os.environ.get("LMX_PERF_TOLERANCE") or _TOLERANCE)
+    baseline = {} if args.update else read_baseline(file)
+    parts = args.parts.split(",")
+    with tempfile.TemporaryDirectory(prefix="lmx-gate-", dir="/tmp") as work:
+        found = measure(Path(work), args.rounds, parts, lambda text: print(text, file=sys.stderr, flush=True))
+        if verdict(found, baseline, tolerance):
+            print("perf-gate: some figures are worse; measuring once more", file=sys.stderr, flush=True)
+            again = measure(Path(work), args.rounds, parts, lambda text: print(text, file=sys.stderr, flush=True))
+            found = {name: min(value, again.get(name, value)) for name, value in found.items()}
+    print(table(found, baseline, tolerance))
+    if args.update:
+        file.write_text(json.dumps({**head(), "figures": found}, indent=1) + "\n")
+    return 1 if verdict(found, baseline, tolerance) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""An LMX of the bench's own: a home that is removed afterwards, a port that is free, nothing loaded by itself."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from protocol.paths import Home
+from supervisor.client import Client, UnreachableError, WaitedTooLongError
+
+_WAIT_S: Final = 120.0
+_LOAD_S: Final = 900.0
+_POLL_S: Final = 0.02
+#: Settings of the user's own; and what would have our code compiled anew at each start, as no user's is.
+_NOT_PASSED_ON: Final = ("LMX_", "PYTHONDONTWRITEBYTECODE")
+Document = dict[str, Any]
+
+
+class HostFailedError(Exception):
+    """LMX did not do what it was asked; the text has what it said."""
+
+
+class Host:
+    """A supervisor with its gateway and workers. `settings` are `LMX_SECTION__KEY` variables."""
+
+    def __init__(self, **settings: str) -> None:
+        self._home = Path(tempfile.mkdtemp(prefix="lmx-bench-", dir="/tmp"))
+        self._environ = {
+            **{key: value for key, value in os.environ.items() if not key.startswith(_NOT_PASSED_ON)},
+            "LMX_HOME": str(self._home),
+            "LMX_GATEWAY__PORT": "0",
+            "LMX_MODELS__AUTO_LOAD": "[]",
+            "LMX_LIFECYCLE__STOP_MIN_S": "3",
+            **settings,
+        }
+        self._output = self._home / "terminal.txt"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> "Host":
+        """Return once the gateway serves."""
+        with self._output.open("ab") as stream:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "supervisor", "run"],
+                env=self._environ,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                start_new_session=True,
+            )
+        self.wait(lambda document: document["gateway"] is not None and document["gateway"]["state"] == "ready")
+        return self
+
+    @property
+    def url(self) -> str:
+        """Where the gateway serves."""
+        return str(self.status()["gateway"]["url"])
+
+    @property
+    def home(self) -> Path:
+        """Its folder."""
+        return self._home
+
+    def load(self, folder: Path, model: str) -> None:
+        """Load a model folder and wait until it is ready."""
+        self.command("load", str(folder), "--id", model)
+
+    def command(self, *arguments: str) -> str:
+        """Run a command of `lmx-supervisor` and return what it printed."""
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "supervisor", *arguments],
+            env=self._environ,
+            capture_output=True,
+            text=True,
+            timeout=_LOAD_S,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+        if done.returncode:
+            raise HostFailedError(f"lmx-supervisor {' '.join(arguments)}: {done.stderr.strip() or self._tail()}")
+        return done.stdout
+
+    def status(self) -> Document:
+        """Return the status document. Raises `HostFailedError` while no supervisor answers."""
+        try:
+            client = Client(Home(self._home))
+            with contextlib.closing(client):
+                document: Document = json.loads(client.status())
+        except (UnreachableError, WaitedTooLongError) as error:
+            raise HostFailedError(str(error)) from None
+        return document
+
+    def wait(self, condition: Callable[[Document], bool]) -> Document:
+        """Return the first status document that meets the condition."""
+        end = time.monotonic() + _WAIT_S
+        while time.monotonic() < end:
+            if self._process is not None and self._process.poll() is not None:
+                break
+            with contextlib.suppress(HostFailedError):
+                document = self.status()
+                if condition(document):
+                    return document
+            time.sleep(_POLL_S)
+        raise HostFailedError(f"LMX did not get ready: {self._tail()}")
+
+    def pids(self) -> dict[str, int]:
+        """Return the processes by what they are: supervisor, gateway, worker."""
+        document = self.status()
+        worker = next((int(model["pid"]) for model in document["models"] if model["pid"]), 0)
+        return {
+            "worker": worker,
+            "gateway": int(document["gateway"]["pid"]),
+            "supervisor": int(document["supervisor"]["pid"]),
+        }
+
+    def journal(self) -> list[Document]:
+        """Return all lifecycle events."""
+        file = self._home / "state" / "events.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def close(self) -> None:
+        """End everything and remove the home."""
+        process = self._process
+        if process is not None and process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(_WAIT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        shutil.rmtree(self._home, ignore_errors=True)
+
+    def _tail(self) -> str:
+        return self._output.read_text()[-2000:].strip() if self._output.exists() else ""
