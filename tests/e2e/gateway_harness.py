@@ -60,6 +60,8 @@ class FakeSupervisor:
         self._decoder = to_supervisor_decoder()
         self._version = 0
         self.models: list[CatalogModel] = []
+        #: What each ping says of everything, as JSON.
+        self.status = b""
         self.channel: Channel | None = None
         self.said: asyncio.Queue[Message] = asyncio.Queue()
         self.listen_fd: int | None = None
@@ -78,7 +80,7 @@ class FakeSupervisor:
                         self.send(Welcome(PROTOCOL_VERSION, self._lease_s))
                         self.publish()
                     elif isinstance(message, GatewayHeartbeat):
-                        self.send(Ping())
+                        self.send(Ping(self.status))
                     await self.said.put(message)
             except ChannelClosedError:
                 self.channel = None

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from protocol.control import Catalog, Ping
 from protocol.data import Finish
 from protocol.keys import digest_of
-from tests.e2e.gateway_harness import PATIENCE_S, Stack, stack, text_of
+from tests.e2e.gateway_harness import PATIENCE_S, Stack, chat_body, stack
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 ADMIN = "an-admin-key-of-the-tests"
@@ -37,6 +37,12 @@ def status(used: float = 0.5, **more: Any) -> bytes:
         **more,
     }
     return msgspec.json.encode(document)
+
+
+def tell(lmx: Stack, document: bytes) -> None:
+    """Have the supervisor say so now, and again with each heartbeat: what it said ten seconds ago does not count."""
+    lmx.supervisor.status = document
+    lmx.supervisor.send(Ping(document))
 
 
 async def scraped(lmx: Stack) -> Values:
@@ -63,13 +69,19 @@ async def until_value(lmx: Stack, wanted: float, name: str, **labels: str) -> No
 async def test_requests_tokens_and_times_are_counted_for_each_model_and_both_forms_agree() -> None:
     async with stack() as lmx:
         worker = await lmx.start_worker()
-        streaming = lmx.chat(stream=True)
+        request = lmx.client.build_request("POST", "/v1/chat/completions", json=chat_body(stream=True))
+        sending = asyncio.create_task(lmx.client.send(request, stream=True))
         submit = await worker.accept()
+        answer = await sending
+        lines = answer.aiter_lines()
         for text in ("a", "b", "c"):
             await worker.step(submit.rid, text)
-            await asyncio.sleep(0.02)  # what is measured is time
+            while f'"content":"{text}"' not in await anext(lines):
+                pass
+            await asyncio.sleep(0.02)  # what is measured is time, from when the gateway had this one
         await worker.step(submit.rid, "d", finish=Finish.STOP, tokens=4)
-        assert text_of((await streaming).text) == "abcd"
+        assert [line async for line in lines if line][-1] == "data: [DONE]"
+        await answer.aclose()
         whole = lmx.chat()
         await worker.answer("x", finish=Finish.LENGTH)
         assert (await whole).status_code == 200
@@ -146,7 +158,7 @@ async def test_labels_are_bounded_whatever_clients_say() -> None:
 async def test_what_the_supervisor_says_is_in_the_metrics_and_readiness_and_fades_when_it_is_away() -> None:
     async with stack() as lmx:
         await lmx.start_worker()
-        lmx.supervisor.send(Ping(status()))
+        tell(lmx, status())
         await until_value(lmx, 3, "lmx_worker_restarts_total", model_name="tiny", exit_class="native_crash")
         found = await scraped(lmx)
         tiny = frozenset({("model_name", "tiny")})
@@ -159,13 +171,13 @@ async def test_what_the_supervisor_says_is_in_the_metrics_and_readiness_and_fade
         assert found["lmx_model_state", tiny | {("state", "loading")}] == 0
         ready = await lmx.client.get("/readyz")
         assert (ready.status_code, ready.json()["memory_percent"]) == (200, 50.0)
-        lmx.supervisor.send(Ping(status(used=0.961)))
+        tell(lmx, status(used=0.961))
         await until_value(lmx, 0.961, "lmx_memory_used_ratio")
         ready = await lmx.client.get("/readyz")
         assert (ready.status_code, ready.json()["reason"]) == (503, "memory at 96.1%")
         assert (await lmx.client.get("/healthz")).status_code == 200
-        lmx.supervisor.send(Ping(b"not json"))
-        lmx.supervisor.send(Ping(status(used=0.4)))
+        tell(lmx, b"not json")
+        tell(lmx, status(used=0.4))
         await until_value(lmx, 0.4, "lmx_memory_used_ratio")
         assert (await lmx.client.get("/readyz")).status_code == 200
         lmx.supervisor.send(Catalog(999, lmx.supervisor.models, shedding=True))
@@ -179,7 +191,7 @@ async def test_what_the_supervisor_says_is_in_the_metrics_and_readiness_and_fade
 async def test_health_without_an_answer_of_the_supervisor_is_degraded_and_still_says_what_is_known() -> None:
     async with stack(admin_digest=digest_of(ADMIN.encode()).hex()) as lmx:
         await lmx.start_worker()
-        lmx.supervisor.send(Ping(status()))
+        tell(lmx, status())
         await until_value(lmx, 0.5, "lmx_memory_used_ratio")
         answers = [
             await lmx.client.get("/admin/health", headers={"authorization": f"Bearer {key}"}) for key in (ADMIN, "x")
