@@ -286,10 +286,11 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=20.0, help="default: 20")
     parser.add_argument("--clients", type=int, default=12, help="default: 12")
     parser.add_argument("--model", type=Path, help="an MLX model folder (default: a tiny random model)")
+    parser.add_argument("--without", action="store_true", help="without the prefix cache, to compare")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left running
     work = Path(tempfile.mkdtemp(prefix="lmx-soak-", dir="/tmp"))
-    lmx = Lmx(**SETTINGS)
+    lmx = Lmx(**SETTINGS, LMX_PREFIX__ENABLED="false" if args.without else "true")
     try:
         lmx.start()
         lmx.load(args.model or make_tiny_model(work / "tiny"), MODEL)

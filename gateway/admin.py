@@ -49,7 +49,7 @@ def admin_routes(
         Route("/admin/models/reset", ModelOrder(forwarder, bodies, ResetRequest), methods=["POST"]),
         Route("/admin/config/reload", Reload(forwarder), methods=["POST"]),
         Route("/admin/resume", Resume(forwarder), methods=["POST"]),
-        Route("/admin/health", AdminHealth(forwarder, catalog, vitals, traffic), methods=["GET"]),
+        Route("/admin/health", AdminHealth(forwarder, catalog, vitals, traffic, audit), methods=["GET"]),
         Route("/admin/status", Status(forwarder), methods=["GET"]),
         Route("/admin/crashes", Crashes(forwarder), methods=["GET"]),
         Route("/admin/crashes/{id}", Crash(forwarder), methods=["GET"]),

@@ -9,7 +9,9 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from gateway.admin_call import hello_of, parameters, send_document
+from gateway.audit import Audit
 from gateway.catalog import CatalogView
+from gateway.exposition import AuditCounts
 from gateway.forward import Forwarder
 from gateway.traffic import Traffic
 from gateway.vitals import ModelVitals, Vitals, VitalsView
@@ -37,8 +39,11 @@ Check = dict[str, Any]
 class AdminHealth:
     """Looks at everything, and answers 503 only for what is critical."""
 
-    def __init__(self, forwarder: Forwarder, catalog: CatalogView, vitals: VitalsView, traffic: Traffic) -> None:
+    def __init__(
+        self, forwarder: Forwarder, catalog: CatalogView, vitals: VitalsView, traffic: Traffic, audit: Audit
+    ) -> None:
         self._forwarder = forwarder
+        self._audit = audit
         self._catalog = catalog
         self._vitals = vitals
         self._traffic = traffic
@@ -54,7 +59,12 @@ class AdminHealth:
         vitals = asked or self._vitals.fresh
         uptime_s = time.monotonic() - self._started_at
         document = health_document(
-            vitals, self._catalog.models(), self._traffic, supervisor=supervisor, uptime_s=uptime_s
+            vitals,
+            self._catalog.models(),
+            self._traffic,
+            supervisor=supervisor,
+            uptime_s=uptime_s,
+            audit=self._audit.counts(),
         )
         await send_document(send, msgspec.json.encode(document), _STATUS[document["status"]])
 
@@ -70,7 +80,13 @@ class AdminHealth:
 
 
 def health_document(
-    vitals: Vitals | None, models: list[CatalogModel], traffic: Traffic, *, supervisor: Check, uptime_s: float
+    vitals: Vitals | None,
+    models: list[CatalogModel],
+    traffic: Traffic,
+    *,
+    supervisor: Check,
+    uptime_s: float,
+    audit: AuditCounts = AuditCounts(),  # noqa: B008 - it cannot be changed
 ) -> dict[str, Any]:
     """Return the body: flat keys for people and older monitors, and `checks`. Pure but for the clock of latencies."""
     checks: dict[str, Check] = {
@@ -81,6 +97,7 @@ def health_document(
         "gateway": _timed(lambda: gateway_check(traffic)),
         "helpers": _timed(lambda: helpers_check(models)),
         "thermal": _timed(lambda: thermal_check(vitals)),
+        "audit": _timed(lambda: audit_check(audit)),
         "supervisor": supervisor,
     }
     worst = max((_RANK.get(check["status"], 0) for check in checks.values()), default=0)
@@ -191,6 +208,14 @@ def inference_check(models: list[CatalogModel], vitals: Vitals | None, traffic: 
         "max_concurrent": most,
         "capacity_pct": percent,
     }
+
+
+def audit_check(counts: AuditCounts) -> Check:
+    """Say whether requests are noted; that they are not keeps none from being answered."""
+    figures = {"written": counts.written, "dropped": counts.dropped, "waiting": counts.waiting}
+    if counts.problem:
+        return {"status": "warning", "reason": f"The audit cannot be written: {counts.problem}", **figures}
+    return {"status": "ok", **figures}
 
 
 def gateway_check(traffic: Traffic) -> Check:

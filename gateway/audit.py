@@ -12,6 +12,7 @@ from starlette.types import Scope
 from gateway.audit_rows import Refusals, is_noted, row_of
 from gateway.audit_store import AuditStore
 from gateway.context import RequestContext
+from gateway.exposition import AuditCounts
 from protocol.audit import AuditReader, AuditRow, AuditUnreadableError, Filter, document
 from protocol.errors import LmxError
 
@@ -89,6 +90,13 @@ class Audit:
         known = list(self._recent)
         self._recent.clear()
         self._recent.extend([*rows, *known])
+
+    def counts(self) -> AuditCounts:
+        """Return how the writing goes."""
+        store = self.store
+        if store is None:
+            return AuditCounts()
+        return AuditCounts(store.written, store.dropped, store.waiting, store.problem)
 
     def listen(self) -> Listener:
         """Return somebody new who listens, and is told of the last rows first; raise `server_busy` if too many do."""

@@ -58,6 +58,7 @@ def row_of(scope: Scope, context: RequestContext, *, route: str, status: int, no
         backend_type="local" if worked.incarnation is not None else None,
         incarnation=worked.incarnation,
         stream=worked.stream,
+        priority=worked.priority,
         ttft_ms=worked.ttft_ms,
         prompt_tokens=worked.prompt_tokens,
         completion_tokens=worked.completion_tokens,

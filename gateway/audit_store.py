@@ -18,7 +18,7 @@ QUEUE_ROWS: Final = 10_000
 #: Written with one transaction.
 _BATCH_ROWS: Final = 1_000
 #: Rows are gathered for so long: a wake-up of this thread for each would cost the streams more than the writing.
-_GATHER_S: Final = 0.1
+_GATHER_S: Final = 0.25
 #: Between two looks for rows that are too old.
 _TIDY_S: Final = 60.0
 _TIDY_AGAIN_S: Final = 0.2
@@ -52,8 +52,12 @@ class AuditStore:
         self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
 
     def start(self) -> None:
-        """Begin to write."""
-        self._thread.start()
+        """Begin to write. If the system gives no thread, nothing is written, and everything else goes on."""
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            self.problem = "the system gives no thread"
+            exception_event("audit_failed", error)
 
     def put(self, row: AuditRow) -> None:
         """Have a row written soon, or drop and count it if too many wait."""
@@ -63,6 +67,12 @@ class AuditStore:
         self._queue.append(row)
         if not self._wake.is_set():
             self._wake.set()
+
+    def write_now(self) -> bool:
+        """Write what waits in this thread, before `start` or instead of it; return whether all is written."""
+        while self._queue and self._write_batch():
+            pass
+        return not self._queue
 
     @property
     def waiting(self) -> int:

@@ -255,6 +255,7 @@ def _log(call: Call, streams: bool, now: float) -> None:
     worked = Worked(
         model=call.model.id,
         stream=streams,
+        priority=call.requests[0].priority,
         incarnation=next((r.incarnation for r in reversed(call.requests) if r.incarnation is not None), None),
         ttft_ms=round((min(first_texts) - started) * 1000, 1) if first_texts else None,
         prompt_tokens=call.prompt_tokens,
@@ -271,7 +272,7 @@ def _log(call: Call, streams: bool, now: float) -> None:
         **traced(call.context.traceparent),
         "stream": streams,
         "client": context.client,
-        "priority": call.requests[0].priority,
+        "priority": worked.priority,
         "latency_ms": round((now - started) * 1000, 1),
         "prompt_tokens": worked.prompt_tokens,
         "cached_tokens": worked.cached_tokens,

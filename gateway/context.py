@@ -41,6 +41,7 @@ class Worked:
 
     model: str
     stream: bool
+    priority: int = 0
     incarnation: int | None = None
     ttft_ms: float | None = None
     prompt_tokens: int = 0

@@ -31,6 +31,15 @@ class Loads(NamedTuple):
     waiting: int
 
 
+class AuditCounts(NamedTuple):
+    """Rows of the audit since this gateway began; `problem` says why none can be written now, "" if they can."""
+
+    written: int = 0
+    dropped: int = 0
+    waiting: int = 0
+    problem: str = ""
+
+
 class Scene(NamedTuple):
     """Everything that metrics are made of, at one moment."""
 
@@ -41,6 +50,7 @@ class Scene(NamedTuple):
     shedding: bool
     open_calls: int
     connections: int
+    audit: AuditCounts = AuditCounts()
 
 
 #: Label values and the value.
@@ -256,6 +266,9 @@ ROWS: Final = (
     ),
     Row("lmx_supervisor_uptime_seconds", "gauge", "Age of the supervisor", (), _host(lambda v: v.supervisor.uptime_s)),
     Row("lmx_supervisor_up", "gauge", "1 while it is heard", (), lambda scene: [((), float(scene.vitals is not None))]),
+    Row("lmx_audit_rows", "counter", "Rows of the audit that were written", (), lambda s: [((), s.audit.written)]),
+    Row("lmx_audit_dropped_rows", "counter", "Rows that were lost", (), lambda s: [((), s.audit.dropped)]),
+    Row("lmx_audit_waiting_rows", "gauge", "Rows to be written", (), lambda s: [((), s.audit.waiting)]),
     Row("lmx_gpu_frequency_mhz", "gauge", "Clock of the GPU", (), _thermal(lambda t: t.gpu_freq_mhz)),
     Row("lmx_gpu_temperature_celsius", "gauge", "Its heat", (), _thermal(lambda t: t.gpu_temp_c)),
     Row("lmx_info", "gauge", "1, with the version", ("version",), lambda _scene: [((__version__,), 1.0)]),

@@ -195,6 +195,7 @@ class Service:
             self._catalog.shedding,
             self._traffic.running,
             self._server.connection_count(),
+            self._audit.counts(),
         )
 
     def _heartbeat(self) -> GatewayHeartbeat:

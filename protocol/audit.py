@@ -89,15 +89,26 @@ _TYPES: Final = {
         "INTEGER",
     ),
 }
-#: An index holds the row id as well, so pages of one model, key, … come out of it in order.
-_INDEXED: Final = ("timestamp", "model", "status", "request_id", "key_id", "client", "client_id")
+#: What is indexed, and for which rows: those that have it, or are not like nearly all others. An index holds the row id
+#: as well, so pages of one model, key, … come out of it in order.
+_INDEXED: Final = {
+    "timestamp": "",
+    "model": "",
+    "request_id": "",
+    "client": "",
+    "status": "status <> 'success'",
+    "backend_type": "backend_type <> 'local'",
+    "key_id": "key_id IS NOT NULL",
+    "client_id": "client_id IS NOT NULL",
+}
 SCHEMA: Final = (
     "CREATE TABLE IF NOT EXISTS audit_logs (id INTEGER PRIMARY KEY AUTOINCREMENT, "
     + ", ".join(f"{name} {_TYPES[name]}" for name in _WRITTEN)
     + ")",
-    *(f"CREATE INDEX IF NOT EXISTS audit_{name} ON audit_logs ({name})" for name in _INDEXED),
-    # Nearly every row is local: only the others are worth an entry.
-    "CREATE INDEX IF NOT EXISTS audit_backend_type ON audit_logs (backend_type) WHERE backend_type <> 'local'",
+    *(
+        f"CREATE INDEX IF NOT EXISTS audit_{name} ON audit_logs ({name}){f' WHERE {which}' if which else ''}"
+        for name, which in _INDEXED.items()
+    ),
 )
 INSERT: Final = f"INSERT INTO audit_logs ({', '.join(_WRITTEN)}) VALUES ({', '.join('?' * len(_WRITTEN))})"  # noqa: S608
 _SELECT: Final = f"SELECT {', '.join(COLUMNS)} FROM audit_logs"  # noqa: S608 - both of constants
@@ -151,6 +162,8 @@ class Filter(msgspec.Struct, frozen=True):
             if value is not None:
                 conditions.append(column)
                 values.append(value)
+        if self.status is not None and self.status != "success":
+            conditions.append(_INDEXED["status"])  # says that the index of these will do
         if self.client is not None:
             conditions.append("(client = ? OR client_id = ?)")
             values += [self.client, self.client]

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,6 +112,23 @@ def spawn(
         process.kill()
         process.wait()
         raise
+
+
+def trim_outputs(folder: Path) -> None:
+    """Turn over the output files of living processes that have become too long.
+
+    They hold their files open to append, so a file is copied and emptied, not renamed. What is written between the two
+    is lost: it is the price of a bound, and a process that writes so much says nothing new.
+    """
+    for output in folder.glob("*.out"):
+        with contextlib.suppress(OSError):
+            if output.is_symlink() or output.stat().st_size <= _OUTPUT_LIMIT:
+                continue
+            older = output.with_name(output.name + ".1")
+            shutil.copyfile(output, older)
+            older.chmod(0o600)
+            os.truncate(output, 0)
+            event("output_turned_over", file=output.name)
 
 
 async def end_stranger(platform: Platform, pid: int, started: float, *, grace_s: float) -> None:

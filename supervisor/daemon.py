@@ -24,6 +24,7 @@ from protocol.states import ModelState, Phase
 from supervisor import adoption, views
 from supervisor import events as ev
 from supervisor.admission import Admission
+from supervisor.children import trim_outputs
 from supervisor.commands import Commands, add_model
 from supervisor.host import GATEWAY, Host
 from supervisor.intent import Intent
@@ -297,6 +298,8 @@ class Daemon:
             await asyncio.sleep(_SAVE_RETRY_S)
             with self._host.guard("save"):
                 self._store.try_again()
+            with self._host.guard("outputs"):
+                await asyncio.to_thread(trim_outputs, self._home.logs)
 
     def _changed(self) -> None:
         """Something visible changed: tell everyone once the present events are done."""

@@ -14,7 +14,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Final, NamedTuple
 
 from protocol.logs import event, exception_event
-from worker.prefix_file import BadBlockError, name_of, read_block, write_block
+from worker.prefix_file import BadBlockError, read_block, write_block
 from worker.prefix_shelf import Shelf
 
 #: Bytes that may wait to be written; what comes then is not written now.
@@ -70,7 +70,7 @@ class PrefixDisk:
         self._ours: set[bytes] = set()
         self._waiting: dict[bytes, _Waiting] = {}
         self._tickets = 0
-        self._results: SimpleQueue[Loaded | _Saved | list[bytes]] = SimpleQueue()
+        self._results: SimpleQueue[Loaded | _Saved | set[bytes]] = SimpleQueue()
         self._condition = threading.Condition()
         self._loads: deque[_Load] = deque()
         self._others: deque[_Save | list[tuple[bytes, int]]] = deque()
@@ -129,8 +129,10 @@ class PrefixDisk:
                 if result.payload is None:
                     self._names.discard(result.name)
                 return result
-            if isinstance(result, list):
-                self._names.difference_update(result)
+            if isinstance(result, set):
+                # Also without what other processes have removed since.
+                self._names &= result
+                self._ours &= result
                 continue
             self._waiting.pop(result.name, None)
             if result.written:
@@ -157,7 +159,7 @@ class PrefixDisk:
                 self._shelf.remove(name)
         event("prefixes_disowned", level="WARNING", blocks=len(self._ours))
 
-    def _get(self) -> "Loaded | _Saved | list[bytes]":
+    def _get(self) -> "Loaded | _Saved | set[bytes]":
         return self._results.get_nowait()
 
     # -- the thread -------------------------------------------------------------------------------------------
@@ -226,6 +228,4 @@ class PrefixDisk:
         return True
 
     def _sweep(self, coming: int = 0) -> None:
-        gone = self._shelf.sweep(coming)
-        if gone:
-            self._results.put([name for name in map(name_of, gone) if name is not None])
+        self._results.put(self._shelf.sweep(coming))

@@ -69,8 +69,8 @@ class Shelf:
         """Remove a block; raise `OSError`."""
         path_of(self.folder, name).unlink(missing_ok=True)
 
-    def sweep(self, coming: int = 0) -> list[str]:
-        """Count what is there, and make room if it is too much; return the names of the files of this model that went.
+    def sweep(self, coming: int = 0) -> set[bytes]:
+        """Count what is there, and make room if it is too much; return what is left of this model.
 
         A file that cannot be removed is left and counted.
         """
@@ -79,22 +79,21 @@ class Shelf:
         self._files = len(files)
         self._counted_at = time.monotonic()
         coming += _HEAD_BYTES
-        if self._bytes + coming <= self._limit_bytes and self._files < MAX_FILES:
-            return []
-        gone = []
-        least = int(self._limit_bytes * (1 - _SPARE_SHARE))
-        for _, size, file in sorted(files):
-            if self._bytes + coming <= least and self._files < MAX_FILES * (1 - _SPARE_SHARE):
-                break
-            try:
-                file.unlink(missing_ok=True)
-            except OSError:
-                continue
-            self._bytes -= size
-            self._files -= 1
-            if file.parent == self.folder:
-                gone.append(file.name)
-        return gone
+        ours = {file for _, _, file in files if file.parent == self.folder}
+        if self._bytes + coming > self._limit_bytes or self._files >= MAX_FILES:
+            least = int(self._limit_bytes * (1 - _SPARE_SHARE))
+            for _, size, file in sorted(files):
+                if self._bytes + coming <= least and self._files < MAX_FILES * (1 - _SPARE_SHARE):
+                    break
+                try:
+                    file.unlink(missing_ok=True)
+                except OSError:
+                    continue
+                self._bytes -= size
+                self._files -= 1
+                ours.discard(file)
+        names = {name_of(file.name) for file in ours}
+        return {name for name in names if name is not None}
 
     def _look(self) -> list[tuple[int, int, Path]]:
         """Return time, size and path of each file, having removed what broke off."""

@@ -59,7 +59,7 @@ def named(request_id: str, **more: str) -> dict[str, str]:
 async def test_every_fate_of_a_request_is_a_row(tmp_path: Path) -> None:
     key = new_key()
     KeyFile(tmp_path / "keys").write((KeyRecord("k1", "bot", digest_of(key.encode()).hex(), 0.0, priority=3),))
-    config = GatewayConfig(chat_timeout_s=1.0, on_crash="fail")
+    config = GatewayConfig(completion_timeout_s=1.0, on_crash="fail")
     async with audited(tmp_path, config, keys_file=str(tmp_path / "keys")) as lmx:
         worker = await lmx.start_worker(incarnation=4)
 
@@ -87,7 +87,8 @@ async def test_every_fate_of_a_request_is_a_row(tmp_path: Path) -> None:
         assert (await failing).status_code == 400
         assert (await row_of(lmx, "failed"))["error_type"] == "context_length_exceeded"
 
-        late = ask("late")
+        prompt = {"model": "tiny", "prompt": "hello"}
+        late = asyncio.create_task(lmx.client.post("/v1/completions", json=prompt, headers=named("late")))
         submit = await worker.accept()
         assert (await late).status_code == 504
         await worker.aborted(submit.rid)
@@ -101,11 +102,15 @@ async def test_every_fate_of_a_request_is_a_row(tmp_path: Path) -> None:
         row = await row_of(lmx, "left")
         assert (row["status"], row["http_status"], row["error_type"]) == ("cancelled", 499, None)
 
-        broken = ask("crashed", stream=True)
-        submit = await worker.accept()
-        await worker.step(submit.rid, "begun")
-        worker.die()
-        assert "worker_crashed" in (await broken).text
+        accepting = asyncio.create_task(worker.accept())
+        async with lmx.client.stream("POST", CHAT, json=chat_body(stream=True), headers=named("crashed")) as broken:
+            await worker.step((await accepting).rid, "begun")
+            lines: list[str] = []
+            async for line in broken.aiter_lines():
+                lines.append(line)
+                if "begun" in line:
+                    worker.die()
+        assert "worker_crashed" in "".join(lines)
         row = await row_of(lmx, "crashed")
         assert (row["status"], row["http_status"], row["error_type"]) == ("error", 200, "worker_crashed")
 
@@ -127,6 +132,9 @@ async def test_every_fate_of_a_request_is_a_row(tmp_path: Path) -> None:
         await lmx.client.get("/v1/models", headers=named("models"))
         await lmx.client.get("/healthz", headers=named("health"))
         assert await page(lmx, request_id="models") == await page(lmx, request_id="health") == []
+        routes = {event["route"] for event in lmx.gateway.events() if event["event"] == "http_request"}
+        assert "/healthz" not in routes
+        assert {"/models", "/chat/completions", "unmatched"} <= routes
     everything = b"".join(file.read_bytes() for file in tmp_path.glob("audit.db*"))
     assert not [word for word in (b"MARKER", b"SECRET-PATH", key.encode(), b"begun", b"hello") if word in everything]
 

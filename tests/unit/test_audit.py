@@ -80,7 +80,7 @@ def noted(context: RequestContext, status: int = 200) -> AuditRow:
 
 def test_a_row_says_who_asked_what_of_whom_and_how_it_went() -> None:
     key = KeyRecord("ab12", "bot", "d" * 64, NOW, priority=5)
-    worked = Worked("alpha", stream=True, incarnation=7, ttft_ms=80.0, prompt_tokens=9, completion_tokens=4)
+    worked = Worked("alpha", stream=True, priority=5, incarnation=7, ttft_ms=80.0, prompt_tokens=9, completion_tokens=4)
     context = RequestContext("r1", 0.0, None, access=Access("key:ab12", key), client_id="mailer", worked=worked)
     found = noted(context)
     assert (found.key_id, found.client, found.client_id, found.priority) == ("ab12", "key:ab12", "mailer", 5)
@@ -148,11 +148,24 @@ def test_the_file_is_private_and_indexed(path: Path) -> None:
     fill(path, [row()])
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     with sqlite3.connect(path) as connection:
-        indexed = {sql.rpartition("(")[2].rstrip(")").split(")")[0] for (sql,) in connection.execute(
-            "SELECT sql FROM sqlite_master WHERE type = 'index'")}  # fmt: skip
+        indexed = {
+            connection.execute(f"PRAGMA index_info({name})").fetchone()[2]
+            for _, name, *_ in connection.execute("PRAGMA index_list(audit_logs)")
+        }
         mode = connection.execute("PRAGMA journal_mode").fetchone()
+        for wanted in (
+            Filter(model="a"),
+            Filter(status="error"),
+            Filter(key="k"),
+            Filter(request_id="r"),
+            Filter(client="c"),
+        ):
+            conditions, values = wanted.where()
+            query = f"EXPLAIN QUERY PLAN SELECT * FROM audit_logs WHERE {' AND '.join(conditions)} ORDER BY id DESC"
+            plan = " ".join(str(step[3]) for step in connection.execute(query, values))
+            assert "USING INDEX audit_" in plan, (wanted, plan)
     connection.close()
-    assert {"timestamp", "model", "status", "request_id", "key_id"} <= indexed
+    assert indexed == {"timestamp", "model", "status", "backend_type", "request_id", "key_id", "client", "client_id"}
     assert mode == ("wal",)
 
 

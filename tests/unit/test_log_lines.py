@@ -2,11 +2,13 @@
 
 import ast
 import json
+import os
 from pathlib import Path
 
 from gateway.logs_route import Wanted, last_lines
 from protocol.paths import slot_name
 from protocol.states import ModelState
+from supervisor.children import trim_outputs
 from supervisor.journal import Journal, add_apart
 from supervisor.recovery import Recovery
 
@@ -65,6 +67,27 @@ def test_another_process_adds_a_whole_line_to_the_journal(tmp_path: Path) -> Non
     journal.write("three")
     events = [json.loads(line)["event"] for line in file.read_text().splitlines() if line.endswith("}")]
     assert events == ["one", "two", "three"]
+
+
+def test_what_a_living_process_writes_is_bounded_and_it_writes_on(tmp_path: Path) -> None:
+    output = tmp_path / "alpha.out"
+    small = tmp_path / "beta.out"
+    small.write_bytes(b"words")
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        os.write(descriptor, b"x" * (10 * 1024 * 1024))
+        trim_outputs(tmp_path)
+        assert output.stat().st_size == 10 * 1024 * 1024
+        os.write(descriptor, b"one more")
+        trim_outputs(tmp_path)
+        os.write(descriptor, b"afterwards")
+    finally:
+        os.close(descriptor)
+    assert output.read_bytes() == b"afterwards"
+    older = tmp_path / "alpha.out.1"
+    assert older.read_bytes().endswith(b"one more")
+    assert older.stat().st_mode & 0o077 == 0
+    assert small.read_bytes() == b"words"
 
 
 def line(ts: int, event: str, **fields: object) -> str:

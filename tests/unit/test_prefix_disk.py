@@ -265,3 +265,12 @@ def test_the_main_thread_is_the_last_to_hold_what_was_written(open_disk: Callabl
     assert gone() is not None
     settle(disk)
     assert gone() is None
+
+
+def test_what_is_known_of_files_does_not_outgrow_them(open_disk: Callable[..., PrefixDisk], tmp_path: Path) -> None:
+    disk = open_disk(10 * len(PAYLOAD))
+    for number in range(40):
+        save(disk, number)
+    settle(disk)
+    assert disk._names == disk._ours
+    assert len(disk._names) == len(files(tmp_path)) <= 10
