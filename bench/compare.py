@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import psutil
+from msgspec import structs
 
 from bench.contenders import Contender, ContenderFailedError, Measured
 from bench.host import HostFailedError
@@ -80,7 +81,7 @@ class Comparison:
                 for workload, result in zip(workloads, found, strict=True):
                     for contender in self._turns(workload, number):
                         self._say(f"round {number + 1} of {self._rounds}, {workload.name}, {contender.name}")
-                        measured = self._measure(contender, workload)
+                        measured = self._measure(contender, workload, number)
                         if measured is not None:
                             result["rounds"].setdefault(contender.name, []).append(measured)
                         step()
@@ -109,11 +110,11 @@ class Comparison:
             return False
         return True
 
-    def _measure(self, contender: Contender, workload: Workload) -> Measured | None:
+    def _measure(self, contender: Contender, workload: Workload, number: int) -> Measured | None:
         if not self._start(contender):
             return None
         try:
-            measured = undisturbed(contender, workload)
+            measured = undisturbed(contender, workload, number)
         except (ContenderFailedError, HostFailedError, OSError) as error:
             self._drop(contender, error)
             return None
@@ -129,13 +130,16 @@ class Comparison:
             self._contenders.remove(contender)
 
 
-def undisturbed(contender: Contender, workload: Workload) -> Measured:
-    """Return the less disturbed of at most two measurements; the second only if others took much during the first."""
+def undisturbed(contender: Contender, workload: Workload, number: int = 0) -> Measured:
+    """Return the less disturbed of at most two measurements; the second only if others took much during the first.
+
+    Each asks prompts of its own, and every contender the same ones in round `number`.
+    """
     any(psutil.cpu_percent(_QUIET_SAMPLE_S) < _QUIET_PERCENT for _ in range(_QUIET_SAMPLES))
-    first = contender.measure(workload)
+    first = contender.measure(structs.replace(workload, variant=2 * number + 1))
     if first["others"] < _DISTURBED:
         return first
-    second = contender.measure(workload)
+    second = contender.measure(structs.replace(workload, variant=2 * number + 2))
     return min(first, second, key=lambda measured: float(measured["others"]))
 
 

@@ -137,7 +137,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="an MLX model folder (default: a tiny random model)")
     parser.add_argument("--seconds", type=float, default=60.0, help="how long requests come (default: 60)")
     parser.add_argument("--factor", type=float, default=10.0, help="times the capacity (default: 10)")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens of each answer (default: 128)")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of each answer (default: 512)")
     parser.add_argument("--slots", type=int, default=32, help="max_concurrent_requests (default: 32)")
     parser.add_argument("--slot-timeout", type=float, default=30.0, help="seconds to wait for a slot (default: 30)")
     args = parser.parse_args()

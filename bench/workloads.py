@@ -26,6 +26,8 @@ class Workload(msgspec.Struct, frozen=True):
     requests: int = 1
     prompt_words: int = 0
     kind: Literal["chat", "embeddings"] = "chat"
+    #: Another number asks other prompts: whoever keeps caches of prompts would only be measured once.
+    variant: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -34,12 +36,13 @@ class Workload(msgspec.Struct, frozen=True):
 
 
 def prompt(workload: Workload, stream: int, request: int) -> str:
-    """Return the text of a prompt; no two of a workload begin alike, so that no prefix cache helps anyone."""
-    question = f"Question {request} of reader {stream}: what did people find near the river, and how long did it take?"
+    """Return the text of a prompt; no two of a run begin alike, so that no prefix cache helps anyone."""
+    place = f"{workload.variant}.{stream}.{request}"
+    question = f"Question {place}: what did people find near the river, and how long did it take?"
     if not workload.prompt_words:
         return question
-    words = random.Random(f"{SEED} {workload.name} {stream} {request}").choices(_WORDS, k=workload.prompt_words)
-    return f"{stream} {request} {' '.join(words)}. {question}"
+    words = random.Random(f"{SEED} {workload.name} {place}").choices(_WORDS, k=workload.prompt_words)
+    return f"{place} {' '.join(words)}. {question}"
 
 
 def decode(streams: int, tokens: int, total: int) -> Workload:

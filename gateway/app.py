@@ -58,7 +58,8 @@ def build_app(spec: GatewaySpec, parts: Parts) -> ASGIApp:
     """Return the ASGI application. Paths are written without `/v1`; `PathMiddleware` accepts both."""
     config, catalog, traffic = spec.gateway, parts.catalog, parts.traffic
     outer, door = front_door(spec)
-    calls = Calls(config, catalog, parts.pool, traffic, parts.numbers, parts.tracer)
+    isolate = spec.security.isolate_prefixes
+    calls = Calls(config, catalog, parts.pool, traffic, parts.numbers, parts.tracer, isolate_prefixes=isolate)
     # The supervisor's own limit comes first: it knows better words.
     forwarder = Forwarder(Path(spec.control_socket), spec.lifecycle.command_timeout_s + _LONGER_S)
     logs = Path(spec.log_file).parent if spec.log_file else None

@@ -101,8 +101,12 @@ class Calls:
         traffic: Traffic,
         numbers: Numbers,
         tracer: Tracer | None = None,
+        *,
+        isolate_prefixes: bool = False,
     ) -> None:
+        """`isolate_prefixes`: requests of different clients share no cached prefix."""
         self.config = config
+        self._isolate = isolate_prefixes
         self._catalog = catalog
         self._pool = pool
         self._traffic = traffic
@@ -184,6 +188,7 @@ class Calls:
                 priority=priority,
                 group=groups[wanted.group] if wanted.group else 0,
                 traceparent=context.traceparent,
+                salt=client if self._isolate else "",
             )
             request = Request(
                 found.id,

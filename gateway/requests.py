@@ -185,6 +185,7 @@ class Request:
             group=submit.group,
             dimensions=submit.dimensions,
             traceparent=submit.traceparent,
+            salt=submit.salt,
         )
 
     def submitted(self) -> None:

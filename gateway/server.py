@@ -24,6 +24,8 @@ MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_HEADERS: Final = 256
 #: A client that has not sent its headers by then is holding a descriptor for nothing.
 HEAD_TIMEOUT_S: Final = 10.0
+#: Some turns of the loop.
+_HEAD_GRACE_S: Final = 0.1
 #: Idle connections are closed after this long; longer than the 5 s in which common clients reuse one.
 KEEP_ALIVE_S: Final = 75
 #: After the drain only last bytes are on their way.
@@ -144,6 +146,10 @@ class HttpProtocol(HttpToolsProtocol):
             self._head_timer = None
 
     def _head_late(self) -> None:
+        # What arrived while this process had no time for it is read before it is called late.
+        self._head_timer = self.loop.call_later(_HEAD_GRACE_S, self._head_missing)
+
+    def _head_missing(self) -> None:
         self._head_timer = None
         self._refuse(LmxError("request_timeout", f"The headers did not arrive within {HEAD_TIMEOUT_S:g} s."))
 

@@ -82,6 +82,8 @@ class SecurityConfig(_Section, frozen=True):
     #: A scope that a token must have to be let in, and one that makes its bearer an administrator; empty: none.
     jwt_scope: str = ""
     jwt_admin_scope: str = ""
+    #: Requests of different keys, or of different addresses where there are none, share no cached prefix.
+    isolate_prefixes: bool = False
     #: PEM files; with both the gateway speaks TLS.
     tls_certificate: str = ""
     tls_key: str = ""
@@ -169,6 +171,18 @@ class MemoryConfig(_Section, frozen=True):
     rotate_grace_s: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 300.0
     #: One model is replaced for its memory at most this often.
     rotate_every_s: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 60.0
+
+
+class PrefixConfig(_Section, frozen=True):
+    """What is kept of prompts that were processed, for those that begin the same."""
+
+    enabled: bool = True
+    #: In the memory of each worker; 0 takes a sixteenth of the machine's, at most 4 GiB. Less when that does not fit.
+    ram_bytes: MaybeBytes = 0
+    #: In files, so that it outlives the process.
+    disk: bool = True
+    #: Of all models together.
+    disk_bytes: Bytes = 8 * 1024**3
 
 
 class LifecycleConfig(_Section, frozen=True):
@@ -279,6 +293,7 @@ class Config(_Section, frozen=True):
     models: ModelsConfig = ModelsConfig()
     worker: WorkerConfig = WorkerConfig()
     memory: MemoryConfig = MemoryConfig()
+    prefix: PrefixConfig = PrefixConfig()
     lifecycle: LifecycleConfig = LifecycleConfig()
     audit: AuditConfig = AuditConfig()
     thermal: ThermalConfig = ThermalConfig()

@@ -205,6 +205,8 @@ class Submit(Message, frozen=True, tag=1):
     dimensions: int = 0
     #: W3C trace context of the call, "" if nobody traces it.
     traceparent: str = ""
+    #: Requests with different ones share no cached prefix; never a key.
+    salt: str = ""
 
 
 class Abort(Message, frozen=True, tag=2):

@@ -50,6 +50,7 @@ class Home:
         self.models = self.root / "models"
         self.logs = self.root / "logs"
         self.crashes = self.root / "crashes"
+        self.cache = self.root / "cache"
         self.config = self.root / "lmx.toml"
         self.control_socket = self.run / "supervisor.sock"
         self.lock = self.run / "supervisor.lock"
@@ -74,13 +75,13 @@ class Home:
             raise UnsafeHomeError(msg)
         try:
             self.root.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
-            for folder in (self.run, self.state, self.models, self.logs, self.crashes):
+            for folder in (self.run, self.state, self.models, self.logs, self.crashes, self.cache):
                 folder.mkdir(mode=_PRIVATE, exist_ok=True)
         except OSError as error:
             msg = f"cannot create {error.filename}: {error.strerror}"
             raise UnsafeHomeError(msg) from None
         _check_root(self.root)
-        for folder in (self.run, self.state, self.logs, self.crashes):
+        for folder in (self.run, self.state, self.logs, self.crashes, self.cache):
             _check_private(folder)
 
 

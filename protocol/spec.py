@@ -28,6 +28,8 @@ class MemoryLimits(msgspec.Struct, frozen=True):
     clear_every_s: float = 300.0
     #: What the caches of all requests together may take: more is not promised to them. 0 promises everything.
     kv_bytes: int = 0
+    #: What may be kept of earlier prompts; 0 keeps nothing.
+    prefix_bytes: int = 0
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
@@ -51,6 +53,9 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     output_file: str = ""
     memory: MemoryLimits = MemoryLimits()
     tracing: TracingConfig = TracingConfig()
+    #: Where prefixes outlive the process, and how many bytes those of all models may take there; "" is nowhere.
+    prefix_folder: str = ""
+    prefix_disk_bytes: int = 0
 
 
 class SpareSpec(msgspec.Struct, frozen=True):

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Final
 
+from protocol import control
 from protocol.modelfolder import ModelFolderError
 from protocol.spec import MemoryLimits
 from protocol.states import ModelState
@@ -15,14 +16,19 @@ from supervisor import ledger
 from supervisor.host import Host
 from supervisor.ledger import Plan, Use, Verdict
 from supervisor.managed import Managed
-from supervisor.prediction import BASE_BYTES, UNREADABLE, History, Prediction, predict
+from supervisor.prediction import BASE_BYTES, UNREADABLE, History, Prediction, grant, predict
 from supervisor.watching import Changes
 
 FIT_SCHEMA: Final = "lmx.fit/1"
 _LOOK_S: Final = 0.1
+#: The footprint follows what MLX gives back some seconds later.
+_EASE_S: Final = 6.0
 _MAX_BUFFERS: Final = 4 * 1024**3
 _MIN_BUFFERS: Final = 64 * 1024**2
 _BUFFER_SHARE: Final = 0.1
+#: Prefixes of one model, unless configured: this part of the machine's memory, at most so much.
+_PREFIX_PART: Final = 16
+_MAX_PREFIXES: Final = 4 * 1024**3
 #: Sequences of `memory.kv_tokens` that a worker may keep beside the one that was reserved, where the machine is large.
 _FULL_BATCH: Final = 7
 
@@ -72,11 +78,12 @@ class Admission:
         account = managed.account
         if self._budget is None:
             self._budget = ledger.budget(self._host.meter.machine(), self._config)
-        kv = account.need - account.prediction.idle if account.prediction is not None else 0
+        found = account.prediction
+        kv = account.need - found.idle if found is not None else 0
         settled = account.settled + kv if account.settled else 0
-        prediction = account.prediction
-        wish = 0 if prediction is None else _FULL_BATCH * prediction.kv.bytes_for(prediction.tokens)
-        return ledger.worker_limit(account.need, settled, self._budget, self._config, wish)
+        prefixes = 0 if found is None else found.prefix_bytes
+        wish = 0 if found is None else _FULL_BATCH * found.kv.bytes_for(found.tokens)
+        return ledger.worker_limit(account.need + prefixes, settled + prefixes, self._budget, self._config, wish)
 
     def limits(self, model: str) -> MemoryLimits:
         """Return what MLX is told to keep to in the next process of a model."""
@@ -92,6 +99,7 @@ class Admission:
             clear_above_bytes=config.clear_above_bytes,
             clear_every_s=config.clear_every_s,
             kv_bytes=ledger.cache_budget(limit, idle, reserved, buffers, config),
+            prefix_bytes=0 if prediction is None else prediction.prefix_bytes,
         )
 
     async def fit(self, model: str, path: Path) -> dict[str, Any]:
@@ -137,8 +145,11 @@ class Admission:
         """Make room for a load and keep it while the block makes the slot; raise `NoRoomError`."""
         prediction = await self._predicted(path)
         found = self._plan(model, prediction)
+        if found.verdict is not Verdict.FITS and self._ease(model, found):
+            found = await self._eased(model, prediction)
         if found.words:
             raise NoRoomError(_no_room(model, found))
+        prediction = self._granted(prediction, found)
         self._promised[model] = prediction.need
         try:
             if found.verdict is Verdict.EVICT:
@@ -146,6 +157,34 @@ class Admission:
             yield prediction
         finally:
             self._promised.pop(model, None)
+
+    def _ease(self, model: str, plan: Plan) -> bool:
+        """Have the cached prefixes of all models dropped if that could make room for a load; return whether it could.
+
+        They go before any model does, and before a load is refused.
+        """
+        held = [
+            (managed, min(found.prefix_bytes, (managed.memory_bytes or 0) - managed.account.need))
+            for managed in self._host.models()
+            if managed.model != model
+            and managed.slot.state is ModelState.READY
+            and (found := managed.account.prediction) is not None
+        ]
+        holding = [(managed, more) for managed, more in held if more > 0 and not managed.account.watch.closed]
+        if plan.available is None or plan.need > plan.available + sum(more for _, more in holding):
+            return False
+        for managed, _ in holding:
+            managed.tell(control.Relieve(clear=True))
+        return True
+
+    async def _eased(self, model: str, prediction: Prediction) -> Plan:
+        """Return the plan once what was dropped has come back, or after a moment."""
+        until = time.monotonic() + min(_EASE_S, self._host.config.lifecycle.reclaim_s)
+        while True:
+            found = self._plan(model, prediction)
+            if found.verdict is Verdict.FITS or time.monotonic() >= until:
+                return found
+            await asyncio.sleep(_LOOK_S)
 
     async def _predicted(self, path: Path) -> Prediction:
         tokens, module = self._config.kv_tokens, self._host.config.worker.module
@@ -236,7 +275,15 @@ class Admission:
         elif account.short:
             managed.blocked = ""
         account.short = bool(words)
+        if not words:
+            account.prediction = self._granted(account.prediction, found)
         return not words
+
+    def _granted(self, prediction: Prediction, found: Plan) -> Prediction:
+        """Return the prediction with what its model may keep of prefixes: nobody is refused or unloaded for those."""
+        config, total = self._host.config.prefix, self._host.meter.machine().total
+        wanted = config.ram_bytes or min(_MAX_PREFIXES, (total or 0) // _PREFIX_PART)
+        return grant(prediction, found.available, wanted if config.enabled else 0)
 
     def _read(self, managed: Managed) -> bool:
         """Look into the folder of a model first; what cannot be read its worker shall complain of."""

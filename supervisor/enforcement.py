@@ -18,6 +18,8 @@ _MISSING: Final = 12
 #: Below the mark by so much it has eased.
 _EASED: Final = 0.05
 _SHED_EASED: Final = 0.02
+#: So far below the mark at which requests are refused, caches go.
+_EASE_BEFORE: Final = 0.05
 #: Never replaced for less than this: an allocator's ups and downs.
 _MIN_DRIFT: Final = 64 * 1024 * 1024
 #: What MLX has given back leaves the footprint some seconds later.
@@ -133,6 +135,12 @@ def whole(
     seen = msgspec.structs.replace(seen, shedding=shedding)
     rested = seen.ended_at is None or now - seen.ended_at >= _RELIEF_S
     return seen, seen.critical >= _FACT and rested
+
+
+def should_ease(used: float | None, pressure: Pressure | None, config: MemoryConfig) -> bool:
+    """Return whether caches should give way, which comes before anybody is refused. `used` is the share in use."""
+    near = used is not None and used >= config.shed - _EASE_BEFORE
+    return near or pressure in {Pressure.WARNING, Pressure.CRITICAL}
 
 
 def ended(seen: Whole, now: float) -> Whole:

@@ -117,11 +117,18 @@ class Launcher:
             lifecycle=config.lifecycle,
             preloaded=self.preload.library if self.preload is not None else "",
             output_file=str(home.logs / f"{name}.out"),
-            memory=self.limits(model),
+            memory=self._memory(model, degraded=degraded),
+            prefix_folder=str(home.cache) if config.prefix.disk else "",
+            prefix_disk_bytes=config.prefix.disk_bytes,
             tracing=config.tracing,
         )
         write_spec(home.spec(name, incarnation), spec)
         return msgspec.json.encode(spec)
+
+    def _memory(self, model: str, *, degraded: bool) -> MemoryLimits:
+        """Return what the worker keeps to. A degraded one keeps no prefixes: they may be what it died of."""
+        limits = self.limits(model)
+        return msgspec.structs.replace(limits, prefix_bytes=0) if degraded else limits
 
     def _worker_environ(self) -> dict[str, str]:
         # MLX keeps what it compiles for the CPU under a predictable name in the temporary folder: not a shared one.

@@ -40,6 +40,8 @@ class Prediction(msgspec.Struct, frozen=True):
     transient_bytes: int
     kv: KvShape
     tokens: int
+    #: What its process may keep of prefixes: out of what its start left free, and given back when that is needed.
+    prefix_bytes: int = 0
 
     @property
     def idle(self) -> int:
@@ -128,6 +130,13 @@ def predict(path: Path, tokens: int, learnt: History, module: str) -> Prediction
     # Below nothing for an engine that does not load the weights.
     base = known.idle_bytes - folder.weight_bytes
     return Prediction(folder.weight_bytes, base, min(known.transient_bytes, most), shape, tokens)
+
+
+def grant(prediction: Prediction, available: int | None, wanted: int) -> Prediction:
+    """Return the prediction with what its model may keep of prefixes: at most half of what its load leaves free."""
+    left = 0 if available is None else max(0, available - prediction.need) // 2
+    granted = min(wanted, left) if prediction.kv.bytes_for(1) else 0
+    return msgspec.structs.replace(prediction, prefix_bytes=granted)
 
 
 def _size(file: Path) -> int:

@@ -33,6 +33,8 @@ _WATCHED: Final = frozenset({ModelState.LOADING, ModelState.WARMING, ModelState.
 #: The gateway is replaced after so many samples above its limit, and at most so often.
 _SAMPLES: Final = 2
 _REPLACE_S: Final = 60.0
+#: Caches are asked to give way this often while the machine is nearly short of memory.
+_EASE_S: Final = 10.0
 _BUSY: Final = frozenset({Phase.PREFILL, Phase.DECODE})
 
 
@@ -52,7 +54,7 @@ class Warden:
         self._pressure: Pressure | None = host.meter.pressure()
         self._weighed_at: dict[str, float] = {}
         self._gateway_grown = 0
-        self._gateway_replaced_at = float("-inf")
+        self._gateway_replaced_at = self._eased_at = float("-inf")
         admission.closed = self._closed
 
     @property
@@ -280,6 +282,15 @@ class Warden:
             self._changed()
         if dire and not self._host.holding:
             self._end_largest(now)
+        if enforcement.should_ease(used, self._pressure, self._config) and now - self._eased_at >= _EASE_S:
+            self._eased_at = now
+            self._ease_all()
+
+    def _ease_all(self) -> None:
+        """Have every model drop what it keeps only for later: before anybody is refused."""
+        for managed in self._host.models():
+            if managed.slot.state is ModelState.READY and not managed.account.watch.closed:
+                managed.tell(control.Relieve(clear=True))
 
     def _adapt(self, used: float | None, now: float) -> None:
         before = self._concurrency.share

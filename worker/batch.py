@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any, Final
 
 import mlx.core as mx
@@ -14,11 +15,14 @@ from worker.jobs import AT_LENGTH, AT_STOP, GOES_ON, NO_SCORES, NO_TOKEN, Job, S
 from worker.logprobs import Record, Recorder
 from worker.penalties import make_processors
 from worker.prefill import PromptTurns
+from worker.prefix_cache import NoPrefixes, PrefixCache
 from worker.sampling import Samplers, Spread
 from worker.scoring import PromptScorer, Scoring
 
 #: Prompts whose chunks are processed together. More makes one chunk, and so the wait of the others, longer.
 _PREFILL_BATCH: Final = 8
+#: An engine with nothing else to do waits so long at a time for what is being read.
+_READ_WAIT_S: Final = 0.02
 _ENDS: Final = {None: GOES_ON, "stop": AT_STOP, "length": AT_LENGTH}
 
 
@@ -40,7 +44,16 @@ class BatchBackend:
     A job is in the scorer, in a group waiting for another's cache, or in the generator, where it has a uid.
     """
 
-    def __init__(self, model: Any, eos: Iterable[int], *, slots: int, prefill_tokens: int, plain: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        eos: Iterable[int],
+        *,
+        slots: int,
+        prefill_tokens: int,
+        plain: bool = False,
+        prefixes: PrefixCache | None = None,
+    ) -> None:
         """`plain` keeps mlx-lm's own batch, which is slower: what `worker.lean` is tested against."""
         neutralise_wired_limit()
         self._generator = BatchGenerator(
@@ -65,6 +78,9 @@ class BatchBackend:
         #: All jobs, whatever their stage.
         self._alive: set[int] = set()
         self._scores: Scores = NO_SCORES
+        self._prefixes = prefixes or NoPrefixes()
+        #: Jobs whose prefix is being read, and whether each leads a group.
+        self._searching: dict[int, tuple[Job, Any, bool]] = {}
 
     def __len__(self) -> int:
         return len(self._alive)
@@ -98,7 +114,7 @@ class BatchBackend:
             self._start(job, leads=leads)
         else:
             self._groups.follow(job)
-            self._enter(job, cache)
+            self._enter(job, cache, len(job.prompt) - 1)
 
     def remove(self, jobs: Sequence[int]) -> None:
         """Take jobs out at any stage: not started, in prefill, in decode."""
@@ -117,33 +133,47 @@ class BatchBackend:
 
     def step(self) -> list[Token]:
         """Run one decode step of all sequences, then one prefill chunk and one chunk of prompts to be scored."""
-        while (next_job := self._prompts.next(self._groups.shares)) is not None:
-            self._begin(next_job)
-        self._generator.prefill_step_size = self._prompts.chunk()
+        self._begin_prompts()
         prompts, responses = self._generator.next()
-        jobs = self._jobs
-        tokens = [(jobs[r.uid], r.token, _ENDS[r.finish_reason]) for r in responses]
+        tokens = [(self._jobs[r.uid], r.token, _ENDS[r.finish_reason]) for r in responses]
         self._scores = self._collect_scores(responses) if self._recorders and responses else NO_SCORES
         if self._unanswered:
             self._unanswered.difference_update([job for job, _, _ in tokens])
         for job, _, end in tokens:
             if end != GOES_ON:
                 self._forget(job)
-        for response in prompts:
-            job_id = jobs.get(response.uid)
-            if job_id is not None:
-                done, total = response.progress
-                self._prompts.progress(job_id, 0 if response.end_of_prompt else total - done)
-        if self._leading:
-            for response in prompts:
-                if self._leading.get(response.uid) == response.progress[0]:
-                    self._share_prompt(response.uid)
+        if prompts:
+            self._note_progress(prompts)
         if self._scorer:
             with mx.stream(self._generator.stream):
                 scored = self._scorer.step()
             for scoring in scored:
                 tokens += self._go_on_scored(scoring)
+        with mx.stream(self._generator.stream):
+            self._prefixes.harvest(*lean.batches_of(self._generator), prefilled=bool(prompts))
         return tokens
+
+    def _begin_prompts(self) -> None:
+        """Put prompts into the generator: those whose prefix has been read, and those whose turn it is."""
+        wait_s = _READ_WAIT_S if self._searching and not (self._uids or self._scorer) else 0.0
+        self._prefixes.take_in([search for _, search, _ in self._searching.values()], wait_s)
+        for job, search, leads in list(self._searching.values()):
+            if self._prefixes.arrived(search):
+                del self._searching[job.id]
+                self._enter_found(job, search, leads=leads)
+        while (next_job := self._prompts.next(self._groups.shares)) is not None:
+            self._begin(next_job)
+        self._generator.prefill_step_size = self._prompts.chunk()
+
+    def _note_progress(self, prompts: Iterable[Any]) -> None:
+        """Note how far prompts have come; one that leads a group and is done is shared."""
+        for response in prompts:
+            job_id = self._jobs.get(response.uid)
+            if job_id is not None:
+                done, total = response.progress
+                self._prompts.progress(job_id, 0 if response.end_of_prompt else total - done)
+                if self._leading.get(response.uid) == done:
+                    self._share_prompt(response.uid)
 
     def generate(self, prompt: list[int], max_tokens: int) -> list[int]:
         """Return greedy tokens of one prompt, run alone: the canary, and the reference in tests."""
@@ -160,24 +190,42 @@ class BatchBackend:
         if job.scores_prompt:
             self._scorer.add(job)
             return
-        self._enter(job, None, leads=leads)
-        if leads:
-            self._leading[self._uids[job.id]] = len(job.prompt) - 1
+        # The last token is always processed; of a group's leader the last two: the others wait for its prompt.
+        most = len(job.prompt) - 2 if leads else len(job.prompt) + len(job.said) - 1
+        search = self._prefixes.search(job.prompt + job.said, job.salt, most)
+        if self._prefixes.arrived(search):
+            self._enter_found(job, search, leads=leads)
+        else:
+            self._searching[job.id] = (job, search, leads)
 
-    def _enter(self, job: Job, cache: list[Any] | None, *, leads: bool = False) -> None:
-        """Put a job into the generator; `cache` holds all of its prompt but the last token."""
+    def _enter_found(self, job: Job, search: Any, *, leads: bool) -> None:
+        with mx.stream(self._generator.stream):
+            cache, done = self._prefixes.give(search)
+        job.reused.tokens = min(done, len(job.prompt))
+        self._enter(job, cache, done, leads=leads, stop_at=search.stop_at)
+        self._prompts.progress(job.id, len(job.prompt) + len(job.said) - done)
+        self._prefixes.follow(self._uids[job.id], search, done)
+
+    def _enter(
+        self, job: Job, cache: list[Any] | None = None, done: int = 0, *, leads: bool = False, stop_at: int = 0
+    ) -> None:
+        """Put a job into the generator; `cache` has its first `done` tokens. No chunk reaches over `stop_at`."""
         recorders = [] if job.logprobs is None else [Recorder(job.logprobs)]
         spread = Spread(job.temperature, job.top_p, job.top_k, job.min_p)
-        begun, rest = job.prompt[:-1], job.prompt[-1:] + job.said
-        segments = [rest] if cache is not None else [begun, rest] if leads else [job.prompt + job.said]
+        tokens, begun = job.prompt + job.said, len(job.prompt) - 1
+        done = 0 if cache is None else done
+        cuts = [done, *([stop_at] if stop_at > done else []), *([begun] if leads else []), len(tokens)]
+        segments = [tokens[first:end] for first, end in pairwise(cuts)]
         (uid,) = self._generator.insert_segments(
             [segments],
             [job.max_tokens],
             caches=None if cache is None else [cache],
-            all_tokens=None if cache is None else [begun],
+            all_tokens=None if cache is None else [tokens[:done]],
             samplers=[self._samplers.of(spread, job.seed, len(job.said))],
             logits_processors=[recorders + make_processors(job)],
         )
+        if leads:
+            self._leading[uid] = begun - done
         self._jobs[uid] = job.id
         self._uids[job.id] = uid
         if recorders:
@@ -189,9 +237,11 @@ class BatchBackend:
         self._unanswered.discard(job)
         self._prompts.drop(job)
         self._prompt_scores.pop(job, None)
+        self._searching.pop(job, None)
         uid = self._uids.pop(job, None)
         if uid is not None:
             del self._jobs[uid]
+            self._prefixes.leave(uid)
             self._leading.pop(uid, None)
             self._recorders.pop(uid, None)
         return self._groups.leave(job)
@@ -204,7 +254,7 @@ class BatchBackend:
             return
         cache = self._copy_cache(uid)
         for job in followers:
-            self._enter(job, cache)
+            self._enter(job, cache, len(job.prompt) - 1)
 
     def _go_on_scored(self, scoring: Scoring) -> list[Token]:
         """Let a scored prompt, and those who waited for it, go on with its cache; return those without a token."""
@@ -213,7 +263,7 @@ class BatchBackend:
             if job.scores_prompt:
                 self._prompt_scores[job.id] = scoring.scores
             if job.max_tokens > 0:
-                self._enter(job, scoring.cache or None)
+                self._enter(job, scoring.cache or None, len(job.prompt) - 1)
                 continue
             ended.append((job.id, NO_TOKEN, AT_LENGTH))
             self._scores = {**self._scores, job.id: scoring.scores}

@@ -63,7 +63,7 @@ def _delta(
     if finish is not None:
         if request.answer.called and finish is Finish.STOP:
             finish = Finish.TOOL_CALLS
-        usage = Usage(len(request.job.prompt), request.completion_tokens)
+        usage = Usage(len(request.job.prompt), request.completion_tokens, request.job.reused.tokens)
     text = request.take_echo() + said.text
     return Delta(request.rid, text, tokens, finish, usage, said.reasoning, list(said.tool_calls), logprobs)
 

@@ -29,7 +29,7 @@ class Engine:
         reports: Callable[[int, Any, Scores], Event] = Stepped,
         canary: Callable[[], None] = lambda: None,
         canary_idle_s: float = float("inf"),
-        relieve: Callable[[int], None] = lambda _above: None,
+        relieve: Callable[[Relieve], None] = lambda _command: None,
     ) -> None:
         self._backend = backend
         self._commands = commands
@@ -68,7 +68,7 @@ class Engine:
                 case Remove():
                     self._backend.remove(command.jobs)
                 case Relieve():
-                    self._relieve(command.above_bytes)
+                    self._relieve(command)
                 case End():
                     return command
 

@@ -92,6 +92,7 @@ def enter(job: int, gateway: bytes, submit: Submit, prepared: Prepared, now: flo
             group=_number_group(gateway, submit.group),
             client=submit.client,
             priority=priority_of(submit),
+            salt=submit.salt,
         ),
         gateway=gateway,
         rid=submit.rid,

@@ -317,7 +317,7 @@ class IoThread:
             case Relieve():
                 self._relief.ask(message, now, self._book)
                 if message.clear:
-                    self._commands.put(engine.Relieve())
+                    self._commands.put(engine.Relieve(caches=True))
             case Ping():
                 pass  # hearing it was the point
 

@@ -33,6 +33,14 @@ class Constraint(Protocol):
         """Return a row of logits (1, vocabulary) with every token that may not come after `said` at -inf."""
 
 
+class Reused(msgspec.Struct):
+    """How many tokens of a prompt came from a cache: written by the main thread before the first token of the answer,
+    read by the IO thread with the last.
+    """
+
+    tokens: int = 0
+
+
 class Job(msgspec.Struct, frozen=True, gc=False):
     """One generation as the engine sees it: tokens in, at most `max_tokens` out. `seed` None draws freely.
 
@@ -63,6 +71,9 @@ class Job(msgspec.Struct, frozen=True, gc=False):
     #: Who asked, and how urgent it is: prompts are processed in turns.
     client: str = ""
     priority: int = 0
+    #: Jobs with different ones have no cache in common.
+    salt: str = ""
+    reused: Reused = msgspec.field(default_factory=Reused)
 
     @property
     def scores_prompt(self) -> bool:
@@ -98,9 +109,12 @@ class End(msgspec.Struct, frozen=True, gc=False):
 
 
 class Relieve(msgspec.Struct, frozen=True, gc=False):
-    """Give back the buffers that are kept for reuse, if they are more than `above_bytes`."""
+    """Give back the buffers that are kept for reuse, if they are more than `above_bytes`; with `caches` also what is
+    kept of earlier prompts.
+    """
 
     above_bytes: int = 0
+    caches: bool = False
 
 
 Command = Job | Remove | End | Relieve
@@ -293,8 +307,12 @@ class Loaded(msgspec.Struct, frozen=True):
     canary: Callable[[], None]
     #: Active, cached and peak bytes. Called by the IO thread.
     memory: Callable[[], tuple[int, int, int]]
-    #: Gives back buffers that are kept for reuse, if they are more bytes than this. Called by the main thread.
-    relieve: Callable[[int], None] = lambda _above: None
+    #: Gives back what the command says. Called by the main thread, like the two that follow.
+    relieve: "Callable[[Relieve], None]" = lambda _command: None
+    #: The engine has ended as asked: keeps what the next process can use.
+    close: Callable[[], None] = lambda: None
+    #: The engine has failed: drops what may be wrong.
+    abandon: Callable[[], None] = lambda: None
     #: Whether each request is answered with one message, at its end.
     answers_whole: bool = False
     #: None where the model has no tokens to speak of.

@@ -214,6 +214,11 @@ def can_copy_caches(generator: BatchGenerator) -> bool:
     return all(hasattr(layer, "extract") for batch in batches for layer in batch.prompt_cache)
 
 
+def batches_of(generator: BatchGenerator) -> tuple[PromptProcessingBatch, GenerationBatch]:
+    """Return the batch of prompts and that of answers."""
+    return generator._prompt_batch, generator._generation_batch  # noqa: SLF001 - it has no other place to ask
+
+
 def _is_known(generator: Any) -> bool:
     batch = getattr(generator, "_generation_batch", None)
     return (

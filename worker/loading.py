@@ -19,11 +19,12 @@ from protocol.modelfolder import ModelFolder, ModelFolderError, inspect_model_fo
 from protocol.spec import MemoryLimits, WorkerSpec
 from protocol.states import WorkerExit
 from worker.failures import FatalError, classify, describe
-from worker.jobs import Job, Loaded
+from worker.jobs import Job, Loaded, Relieve
 from worker.versions import check_versions
 
 if TYPE_CHECKING:
     from worker.batch import BatchBackend
+    from worker.prefix_cache import PrefixCache
 
 #: Bytes done, bytes in all, stage.
 Report = Callable[[int, int, str], None]
@@ -48,6 +49,7 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
     from worker.batch import BatchBackend  # noqa: PLC0415
     from worker.completions import CompletionMaker, Kinds  # noqa: PLC0415
     from worker.intake import pace_of_inputs  # noqa: PLC0415
+    from worker.prefix_open import open_prefixes  # noqa: PLC0415
     from worker.prompt import PromptMaker, find_context  # noqa: PLC0415
     from worker.vocabulary import Words, special_ids  # noqa: PLC0415
 
@@ -61,7 +63,9 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
     begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     completions = CompletionMaker(words, max_model_len=context, special=eos | special_ids(tokenizer), begin=begin)
     slots = spec.models.max_concurrent_requests
-    backend = BatchBackend(model, eos, slots=slots, prefill_tokens=spec.models.prefill_step_tokens)
+    prefixes = open_prefixes(spec, model)
+    prefill = spec.models.prefill_step_tokens
+    backend = BatchBackend(model, eos, slots=slots, prefill_tokens=prefill, prefixes=prefixes)
     canary = Canary(backend, len(tokenizer))
     return Loaded(
         backend=backend,
@@ -78,7 +82,9 @@ def load_mlx(spec: WorkerSpec, report: Report) -> Loaded:
         time_step=canary.time_step,
         memory=lambda: (mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory()),
         vocabulary=words,
-        relieve=relieve,
+        relieve=lambda command: relieve(command, prefixes),
+        close=prefixes.close,
+        abandon=prefixes.disown,
         cache=kv_shape(read_config(folder.path)),
     )
 
@@ -93,12 +99,16 @@ def keep_to(limits: MemoryLimits) -> None:
         mx.set_cache_limit(limits.buffer_bytes)
 
 
-def relieve(above_bytes: int) -> None:
-    """Give back the buffers that MLX keeps for reuse, if they are more than so many bytes."""
+def relieve(command: Relieve, prefixes: "PrefixCache | None" = None) -> None:
+    """Give back what the command says: prefixes (of old ones, if it does not say so, what nobody uses), and buffers."""
     import mlx.core as mx  # noqa: PLC0415
 
+    if prefixes is not None:
+        gone = prefixes.clear() if command.caches else prefixes.drop_unused()
+        if gone:
+            event("prefixes_dropped", bytes=gone)
     kept = mx.get_cache_memory()
-    if kept > above_bytes:
+    if kept > command.above_bytes:
         try:
             mx.clear_cache()
         except Exception as error:

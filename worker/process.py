@@ -81,6 +81,7 @@ def _serve(
     """Return the exit code and the last words. Whatever is raised here ends the process."""
     doing = "loading"
     started = monotonic()
+    loaded: Loaded | None = None
     try:
         loaded = load(spec, _Reporter(io).report)
         doing = "warming"
@@ -106,12 +107,24 @@ def _serve(
             canary_idle_s=spec.lifecycle.canary_idle_s,
             relieve=loaded.relieve,
         ).run()
+        loaded.close()
     except FatalError as error:
+        _abandon(loaded)
         return error.code, error.message
     except Exception as error:  # noqa: BLE001 - the boundary of the main thread: log, tell, end
         exception_event("engine_failed", error, doing=doing)
+        _abandon(loaded)
         return classify(error), f"{doing} failed: {describe(error)}"
     return end.code, end.message
+
+
+def _abandon(loaded: Loaded | None) -> None:
+    if loaded is None:
+        return
+    try:
+        loaded.abandon()
+    except Exception as error:  # noqa: BLE001 - the exit code of the failure matters more
+        exception_event("engine_failed", error, doing="ending")
 
 
 def _report_answers(step: int, answers: list[Whole], _scores: Scores) -> Answered:

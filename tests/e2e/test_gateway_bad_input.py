@@ -296,8 +296,25 @@ async def test_too_slow_a_head_is_a_408() -> None:
     protocol = HttpProtocol.__new__(HttpProtocol)
     protocol.transport = unittest.mock.Mock(is_closing=lambda: False)
     protocol.cycle = None  # type: ignore[assignment]
-    protocol._head_late()
+    protocol._head_missing()
     (written,), _ = protocol.transport.write.call_args
     assert written.startswith(b"HTTP/1.1 408 ")
     assert msgspec.json.decode(written.split(b"\r\n\r\n")[1])["error"]["code"] == "request_timeout"
     protocol.transport.close.assert_called_once()
+
+
+async def test_a_head_that_arrived_while_the_gateway_had_no_time_is_not_called_late() -> None:
+    import unittest.mock
+
+    from gateway.server import _HEAD_GRACE_S, HttpProtocol
+
+    for arrives in (True, False):
+        protocol = HttpProtocol.__new__(HttpProtocol)
+        protocol.transport = unittest.mock.Mock(is_closing=lambda: False)
+        protocol.cycle = None  # type: ignore[assignment]
+        protocol.loop = asyncio.get_running_loop()
+        protocol._head_late()
+        if arrives:  # the loop reads sockets after its timers
+            asyncio.get_running_loop().call_soon(protocol._stop_head_timer)
+        await asyncio.sleep(3 * _HEAD_GRACE_S)
+        assert protocol.transport.write.called is not arrives

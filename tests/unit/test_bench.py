@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from bench import gate
 from bench.__main__ import parse
@@ -110,7 +111,9 @@ def test_prompts_are_the_same_in_every_run_and_begin_differently() -> None:
     workload = Workload("w", 4, 16, 2, prompt_words=50)
     texts = [prompt(workload, stream, request) for stream in range(4) for request in range(2)]
     assert texts == [prompt(workload, stream, request) for stream in range(4) for request in range(2)]
-    assert len({text[:3] for text in texts}) == 8
+    assert len({text[:5] for text in texts}) == 8
+    other = structs.replace(workload, variant=1)
+    assert not {text[:5] for text in texts} & {prompt(other, stream, 0)[:5] for stream in range(4)}
     assert all(60 < len(text.split()) < 90 for text in texts)
 
 
@@ -132,6 +135,7 @@ class Fake(Contender):
     def __init__(self, name: str, log: list[str], fails: str = "") -> None:
         self.name, self._log, self._fails = name, log, fails
         self.started = False
+        self.variants: list[int] = []
 
     def _start(self) -> None:
         self._log.append(f"start {self.name}")
@@ -144,6 +148,7 @@ class Fake(Contender):
     def measure(self, workload: Workload) -> Measured:
         if not workload.name.startswith("warm-up"):
             self._log.append(self.name)
+            self.variants.append(workload.variant)
             if self._fails == "measure":
                 raise ContenderFailedError
         return measured(100)
@@ -162,11 +167,13 @@ def measured(tokens: int, **more: Any) -> Measured:
 
 def test_rounds_alternate_their_order() -> None:
     log: list[str] = []
-    comparison = Comparison([Fake("a", log), Fake("b", log)], rounds=2, say=lambda _: None)
+    one, two = Fake("a", log), Fake("b", log)
+    comparison = Comparison([one, two], rounds=2, say=lambda _: None)
     workloads = [Workload("w", 1, 1)]
     steps: list[int] = []
     comparison.run(workloads, lambda: steps.append(1))
     assert log == ["start a", "start b", "a", "b", "b", "a", "close a", "close b"]
+    assert one.variants == two.variants == [1, 3]
     assert len(steps) == comparison.steps(workloads) == 4
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.config import MemoryConfig
-from supervisor.enforcement import Order, Watch, Whole, drift, ended, watch, whole
+from supervisor.enforcement import Order, Watch, Whole, drift, ended, should_ease, watch, whole
 from supervisor.platform.base import Pressure
 
 CONFIG = MemoryConfig()
@@ -160,3 +160,20 @@ def test_whatever_is_measured_nothing_drastic_comes_without_two_bad_samples(
         if order is EASE:
             assert not closed
         closed = (closed or order is EASE) and order is not ADMIT
+
+
+@pytest.mark.parametrize(
+    ("used", "pressure", "eases"),
+    [
+        (0.89, Pressure.NORMAL, False),
+        (0.91, Pressure.NORMAL, True),
+        (0.5, Pressure.WARNING, True),
+        (0.5, Pressure.CRITICAL, True),
+        (0.5, None, False),
+        (None, None, False),
+        (None, Pressure.WARNING, True),
+    ],
+)
+def test_caches_give_way_before_anybody_is_refused(used: float | None, pressure: Pressure | None, eases: bool) -> None:
+    assert should_ease(used, pressure, CONFIG) == eases
+    assert not whole(Whole(), 0.91, Pressure.NORMAL, CONFIG, 0.0)[0].shedding

@@ -6,7 +6,7 @@ import pytest
 
 from protocol.kvsize import KvShape
 from protocol.modelfolder import ModelFolderError
-from supervisor.prediction import BASE_BYTES, History, Prediction, key_of, predict
+from supervisor.prediction import BASE_BYTES, History, Prediction, grant, key_of, predict
 
 MIB = 1024**2
 
@@ -63,3 +63,14 @@ def test_the_need_is_the_larger_of_loading_and_working() -> None:
 def test_a_folder_that_cannot_be_served_is_said_to_be_so(tmp_path: Path, history: History) -> None:
     with pytest.raises(ModelFolderError):
         predict(tmp_path, 0, history, "worker")
+
+
+def test_prefixes_are_granted_half_of_what_a_load_leaves_and_nothing_is_reserved_for_them() -> None:
+    plain = Prediction(100 * MIB, 50 * MIB, 0, KvShape(token_bytes=1024), 1024)
+    assert grant(plain, plain.need + 80 * MIB, 30 * MIB).prefix_bytes == 30 * MIB
+    assert grant(plain, plain.need + 40 * MIB, 30 * MIB).prefix_bytes == 20 * MIB
+    assert grant(plain, plain.need - 1, 30 * MIB).prefix_bytes == 0
+    assert grant(plain, None, 30 * MIB).prefix_bytes == 0, "unknown is not free"
+    assert grant(plain, 2**40, 30 * MIB).need == plain.need
+    assert grant(grant(plain, None, 1), 2**40, 30 * MIB).prefix_bytes == 30 * MIB, "asked anew with each start"
+    assert grant(Prediction(1, 1, 0, KvShape(), 0), 2**40, 30 * MIB).prefix_bytes == 0, "an encoder has none"

@@ -44,7 +44,7 @@ def test_mlx_is_told_the_limits_of_the_ledger_and_nothing_is_wired(monkeypatch: 
 @pytest.mark.parametrize(("kept", "cleared"), [(0, False), (100, False), (101, True)])
 def test_buffers_are_given_back_above_their_size(monkeypatch: pytest.MonkeyPatch, kept: int, cleared: bool) -> None:
     mx = Mx(kept).install(monkeypatch)
-    relieve(100)
+    relieve(Relieve(100))
     assert bool(mx.asked) == cleared
 
 
@@ -56,13 +56,13 @@ def test_the_engine_gives_buffers_back_between_steps_and_goes_on() -> None:
             return 0
 
     commands: SimpleQueue[Command] = SimpleQueue()
-    asked: list[int] = []
+    asked: list[Relieve] = []
     backend: Any = Idle()
     engine = Engine(backend, commands, lambda _: None, Status(), relieve=asked.append)
     for command in (Relieve(5), Relieve(), End(WorkerExit.ASKED, "")):
         commands.put(command)
     assert engine.run().code is WorkerExit.ASKED
-    assert asked == [5, 0]
+    assert asked == [Relieve(5), Relieve()]
 
 
 def test_real_mlx_gives_its_buffers_back() -> None:
@@ -72,7 +72,7 @@ def test_real_mlx_gives_its_buffers_back() -> None:
     mx.eval(array)
     del array
     assert mx.get_cache_memory() > 0
-    relieve(0)
+    relieve(Relieve())
     assert mx.get_cache_memory() == 0
 
 
