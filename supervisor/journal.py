@@ -73,12 +73,13 @@ class Journal:
         data = b"\n" + line if self._torn else line
         try:
             with self._file.open("ab", buffering=0) as stream:
-                if stream.write(data) != len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                written = stream.write(data)
         except OSError:
             self._torn = _ends_within_a_line(self._file)
             raise
-        self._torn = False
+        self._torn = bool(written) and written != len(data)
+        if written != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def add_apart(file: Path, name: str, /, **fields: Field) -> None:
