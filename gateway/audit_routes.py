@@ -34,6 +34,8 @@ _FAR_AWAY: Final = 1e12
 _MAX_TEXT: Final = 256
 #: Pages that are read at a time; each has a thread.
 _READERS: Final = 4
+#: A web page cannot send headers: it offers this protocol, and its key as another one.
+_PROTOCOL: Final = "lmx.audit"
 #: Codes of WebSocket: we go away, policy violation, try again later.
 _GOING_AWAY: Final = 1001
 _POLICY: Final = 1008
@@ -111,7 +113,8 @@ class AuditSocket:
             return
         try:
             with _listening(self._audit) as listener:
-                await socket.accept()
+                # A browser that offers protocols wants one of them named.
+                await socket.accept(_PROTOCOL if _PROTOCOL in scope.get("subprotocols", ()) else None)
                 code = await self._serve(socket, listener)
         except LmxError as error:
             context_of(scope).error_code = error.code

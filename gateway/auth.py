@@ -14,6 +14,8 @@ from protocol.keys import KeyRecord, KeyStoreError, digest_of, looks_like_a_key
 
 _BEARER: Final = re.compile(rb"[Bb][Ee][Aa][Rr][Ee][Rr] +([!-~]+)")
 _HOW: Final = "Send 'Authorization: Bearer KEY' or 'X-API-Key: KEY'; lmx-supervisor keys create makes a key."
+#: What a key follows that is offered as a WebSocket's protocol.
+_KEY_PROTOCOL: Final = b"lmx-key."
 #: The admin key's own name in logs and limits.
 ADMIN: Final = "admin"
 
@@ -65,7 +67,10 @@ def looks_like_a_token(key: bytes) -> bool:
 
 
 def credential_of(scope: Scope) -> Credential:
-    """Read `Authorization` and `X-API-Key`. Never raises, whatever they hold."""
+    """Read `Authorization` and `X-API-Key`; of a WebSocket also its protocols, all that a web page can send.
+
+    Never raises, whatever they hold.
+    """
     bearers: list[bytes] = []
     keys: list[bytes] = []
     for name, value in scope["headers"]:
@@ -73,6 +78,9 @@ def credential_of(scope: Scope) -> Credential:
             bearers.append(value)
         elif name == b"x-api-key":
             keys.append(value)
+        elif name == b"sec-websocket-protocol" and scope.get("type") == "websocket":
+            offered = (part.strip(b" \t") for part in value.split(b","))
+            keys += [part.removeprefix(_KEY_PROTOCOL) for part in offered if part.startswith(_KEY_PROTOCOL)]
     if not bearers and not keys:
         return Credential()
     if len(bearers) > 1 or len(keys) > 1:

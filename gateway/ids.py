@@ -18,6 +18,7 @@ _SECRET: Final = re.compile(
 )
 #: A JSON web token.
 _TOKEN: Final = re.compile(rb"eyJ[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.")
+_SECRET_HEADERS: Final = frozenset({b"authorization", b"x-api-key", b"cookie", b"sec-websocket-protocol"})
 #: A shorter text is in no key by chance only.
 _MIN_PART: Final = 12
 
@@ -49,4 +50,4 @@ def looks_secret(name: bytes, scope: Scope) -> bool:
         return True
     if len(name) < _MIN_PART:
         return False
-    return any(name in value for key, value in scope["headers"] if key in {b"authorization", b"x-api-key", b"cookie"})
+    return any(name in value for key, value in scope["headers"] if key in _SECRET_HEADERS)

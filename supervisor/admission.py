@@ -93,13 +93,14 @@ class Admission:
         buffers = config.buffer_bytes or share
         prediction = None if managed is None else managed.account.prediction
         idle, reserved = (0, 0) if prediction is None else (prediction.idle, prediction.need - prediction.idle)
+        prefixes = 0 if prediction is None else prediction.prefix_bytes
         return MemoryLimits(
             memory_bytes=max(limit - BASE_BYTES, limit // 2),
             buffer_bytes=buffers,
             clear_above_bytes=config.clear_above_bytes,
             clear_every_s=config.clear_every_s,
-            kv_bytes=ledger.cache_budget(limit, idle, reserved, buffers, config),
-            prefix_bytes=0 if prediction is None else prediction.prefix_bytes,
+            kv_bytes=ledger.cache_budget(limit, idle, reserved, buffers + prefixes, config),
+            prefix_bytes=prefixes,
         )
 
     async def fit(self, model: str, path: Path) -> dict[str, Any]:
@@ -174,7 +175,7 @@ class Admission:
         if plan.available is None or plan.need > plan.available + sum(more for _, more in holding):
             return False
         for managed, _ in holding:
-            managed.tell(control.Relieve(clear=True))
+            managed.tell(control.Relieve(clear=True, slots=managed.account.told_slots, slots_s=_EASE_S))
         return True
 
     async def _eased(self, model: str, prediction: Prediction) -> Plan:

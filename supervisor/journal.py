@@ -71,11 +71,15 @@ class Journal:
     def _append(self, line: bytes) -> None:
         # A full disk may take half a line; the next one must not be glued to it.
         data = b"\n" + line if self._torn else line
-        self._torn = True
-        with self._file.open("ab", buffering=0) as stream:
-            if stream.write(data) != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._torn = False
+        try:
+            with self._file.open("ab", buffering=0) as stream:
+                written = stream.write(data)
+        except OSError:
+            self._torn = _ends_within_a_line(self._file)
+            raise
+        self._torn = bool(written) and written != len(data)
+        if written != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def add_apart(file: Path, name: str, /, **fields: Field) -> None:

@@ -212,15 +212,16 @@ def worker_limit(need: int, settled: int, limit: int | None, config: MemoryConfi
     return wanted if limit is None else max(min(wanted, limit), base)
 
 
-def cache_budget(limit: int, idle: int, reserved: int, buffers: int, config: MemoryConfig) -> int:
+def cache_budget(limit: int, idle: int, reserved: int, kept: int, config: MemoryConfig) -> int:
     """Return what the caches of all requests of a worker may take together; 0 is no limit, for one without a limit.
 
     They stay below the mark at which the worker would stop to take requests, beside what it occupies when `idle` and
-    the `buffers` that MLX may keep; but what was `reserved` for them when it was loaded is theirs in any case.
+    what may be `kept` between requests, buffers and prefixes; but what was `reserved` for them when it was loaded is
+    theirs in any case.
     """
     if not limit or not idle > 0:
         return 0
-    return max(1, reserved, int(limit * config.soft) - idle - buffers)
+    return max(1, reserved, int(limit * config.soft) - idle - kept)
 
 
 def gib(count: int) -> str:

@@ -284,13 +284,13 @@ class Warden:
             self._end_largest(now)
         if enforcement.should_ease(used, self._pressure, self._config) and now - self._eased_at >= _EASE_S:
             self._eased_at = now
-            self._ease_all()
+            self._ease_all(now)
 
-    def _ease_all(self) -> None:
+    def _ease_all(self, now: float) -> None:
         """Have every model drop what it keeps only for later: before anybody is refused."""
         for managed in self._host.models():
             if managed.slot.state is ModelState.READY and not managed.account.watch.closed:
-                managed.tell(control.Relieve(clear=True))
+                self._tell(managed, now, clear=True)
 
     def _adapt(self, used: float | None, now: float) -> None:
         before = self._concurrency.share

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.typing import Origin, Subprotocol
 
 from gateway.audit_file import AuditFile
 from protocol.audit import AuditReader, AuditRow, Filter
@@ -278,6 +279,21 @@ async def test_only_administrators_and_no_foreign_page_may_listen(tmp_path: Path
             assert refused.value.response.status_code == 403
         async with listening(lmx, origin=f"http://{own}"):
             pass
+        # As a web page has to: its key among the protocols.
+        for key, allowed in ((ADMIN_KEY, True), ("wrong", False)):
+            protocols = [Subprotocol("lmx.audit"), Subprotocol(f"lmx-key.{key}")]
+            page_of = connect(
+                f"ws://{own}/ws/audit-logs", subprotocols=protocols, proxy=None, origin=Origin(f"http://{own}")
+            )
+            if allowed:
+                async with page_of as socket:
+                    assert socket.subprotocol == "lmx.audit"
+            else:
+                with pytest.raises(InvalidStatus):
+                    await page_of
+        # But not for anything that is no WebSocket.
+        offered = {"sec-websocket-protocol": f"lmx-key.{ADMIN_KEY}"}
+        assert (await lmx.client.get("/admin/audit", headers=offered)).status_code == 401
 
 
 async def test_a_gateway_that_ends_says_so(tmp_path: Path) -> None:

@@ -62,6 +62,8 @@ async def test_it_describes_itself_at_once() -> None:
         for path, methods in first.json()["paths"].items():
             for method in methods:
                 answer = await lmx.client.request(method, path.replace("{id}", "none"))
+                if not answer.headers["content-type"].startswith("application/json"):
+                    continue  # metrics are text
                 code = answer.json().get("error", {}).get("code")
                 assert code not in {"not_found", "method_not_allowed"}, path
 
