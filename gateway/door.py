@@ -178,7 +178,7 @@ class Door:
         credential = credential_of(scope)
         if is_admin_path(scope["path"]):
             try:
-                access = self._authenticator.admin(credential, await self._token(credential))
+                access = self._authenticator.admin(credential, await self._token(credential) if self._tokens else None)
             except LmxError:
                 # Counted before it is refused: nobody guesses keys faster than this.
                 await self._limiter.admin(address, headers)
@@ -187,7 +187,8 @@ class Door:
                 await self._limiter.admin(access.client, headers)
             return _Visit(access, self._limiter.budget(access), address)
         try:
-            access = self._authenticator.inference(credential, address, await self._token(credential))
+            token = await self._token(credential) if self._tokens else None
+            access = self._authenticator.inference(credential, address, token)
             if scope["path"] == _METRICS and not self._rules.metrics_open:
                 _check_metrics(access)
         except LmxError:
