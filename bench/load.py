@@ -32,7 +32,10 @@ _LENGTH: Final = re.compile(rb"\r\ncontent-length:\s*(\d+)", re.IGNORECASE)
 _CHUNKED: Final = re.compile(rb"\r\ntransfer-encoding:\s*chunked", re.IGNORECASE)
 #: The last chunk of a chunked body.
 _END: Final = b"0\r\n\r\n"
-_PATIENCE_S: Final = 240.0
+#: How long an answer may take: some servers lose one and never say so. Two tokens a second are enough.
+_PATIENCE_S: Final = 30.0
+_PER_TOKEN_S: Final = 0.5
+_PER_PROMPT_WORD_S: Final = 0.05
 _CONNECT_S: Final = 30.0
 
 
@@ -188,7 +191,7 @@ async def run_load(url: str, model: str, workload: Workload) -> list[Served]:
                 served.append(Served(error="refused"))
                 continue
             try:
-                async with asyncio.timeout(_PATIENCE_S):
+                async with asyncio.timeout(patience_s):
                     served.append(await connection.ask(request, streams=workload.kind == "chat"))
             except TimeoutError:
                 connection.close()
@@ -197,6 +200,7 @@ async def run_load(url: str, model: str, workload: Workload) -> list[Served]:
             connection.close()
         return served
 
+    patience_s = _PATIENCE_S + _PER_TOKEN_S * workload.tokens + _PER_PROMPT_WORD_S * workload.prompt_words
     everyone = asyncio.Barrier(workload.streams)
     return [one for served in await asyncio.gather(*map(stream, range(workload.streams))) for one in served]
 

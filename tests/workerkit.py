@@ -33,7 +33,7 @@ MessageT = TypeVar("MessageT", bound=Message)
 class Supervisor:
     """Listens on a control socket and notes everything that is said to it."""
 
-    def __init__(self, path: Path, *, lease_s: float = 120.0) -> None:
+    def __init__(self, path: Path, *, lease_s: float = 900.0) -> None:
         self._path = path
         self._lease_s = lease_s
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
