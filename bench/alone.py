@@ -49,8 +49,12 @@ class Alone:
             **{STEPS_VARIABLE: steps_per_s},
             **settings,
         )
-        self.host.start().load(make_folder(work / "null"), _MODEL)
-        self.url = self.host.url
+        try:
+            self.host.start().load(make_folder(work / "null"), _MODEL)
+            self.url = self.host.url
+        except BaseException:
+            self.host.close()
+            raise
 
     def ask(self, workload: Workload) -> dict[str, Any]:
         """Run a workload with a client of its own; return its summary, and what every process used."""

@@ -149,9 +149,13 @@ class Lmx(Served):
     settings: Mapping[str, str] = MappingProxyType({})
 
     def _start(self) -> None:
-        self._host = Host(LMX_WORKER__BLAS_THREADS=str(self._blas_threads), **self.settings).start()
-        self._host.load(self._folder, _MODEL)
-        self._url = self._host.url
+        self._host = Host(LMX_WORKER__BLAS_THREADS=str(self._blas_threads), **self.settings)
+        try:
+            self._host.start().load(self._folder, _MODEL)
+            self._url = self._host.url
+        except BaseException:  # also when the bench is told to end
+            self._host.close()
+            raise
 
     @property
     def url(self) -> str:
