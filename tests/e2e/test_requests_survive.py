@@ -22,6 +22,8 @@ PATIENT = {
     "LMX_LIFECYCLE__BREAKER_FAILURES": "1000",
     "LMX_LIFECYCLE__STABLE_S": "0.05",
     "LMX_GATEWAY__KEEPALIVE_S": "0.2",
+    # A chunk per token: they are what is counted here.
+    "LMX_MODELS__GATHER_S": "0",
 }
 FAULT = {**PATIENT, "LMX_WORKER__MODULE": "tests.fault"}
 WAIT_S = 90
@@ -78,14 +80,19 @@ def check_same(streams: list[Stream], references: list[Stream]) -> None:
         assert sum("role" in c["choices"][0]["delta"] for c in stream.chunks if c["choices"]) == 1
 
 
-async def test_eight_streams_cross_a_crash_unseen(new_lmx: Callable[..., Lmx], tiny_model: Path) -> None:
-    lmx = new_lmx(**PATIENT).start()
+@pytest.mark.parametrize(
+    ("gather_s", "moments"), [("0", (2, 40, 111)), ("0.008", (2, 10, 25))], ids=["token_by_token", "gathered"]
+)
+async def test_eight_streams_cross_a_crash_unseen(
+    new_lmx: Callable[..., Lmx], tiny_model: Path, gather_s: str, moments: tuple[int, ...]
+) -> None:
+    lmx = new_lmx(**{**PATIENT, "LMX_MODELS__GATHER_S": gather_s}).start()
     lmx.load(tiny_model, "alpha")
     bodies = [request(number) for number in range(8)]
     async with client(lmx) as http:
         references = await asyncio.gather(*(read_stream(http, body) for body in bodies))
         assert len({reference.text for reference in references}) == 8
-        for chunks, number in ((2, signal.SIGKILL), (40, signal.SIGABRT), (111, signal.SIGSEGV)):
+        for chunks, number in zip(moments, (signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV), strict=True):
             check_same(await killed_at(lmx, http, bodies, chunks, number), references)
             assert (await http.get("/healthz")).status_code == 200
     assert lmx.model("alpha")["restarts"] == 3
