@@ -164,6 +164,7 @@ def _model(managed: Managed, now: float) -> dict[str, Any]:
         "retry_in_s": round(max(0.0, slot.retry_at - now), 3) if slot.state is ModelState.BACKOFF else None,
         "load_s": round(slot.load_s, 3) or None,
         "progress": {"done_bytes": slot.done_bytes, "total_bytes": slot.total_bytes},
+        "phase": beat.phase.value if beat else None,
         "running": beat.running if beat else None,
         "waiting": beat.waiting if beat else None,
         "concurrent_limit": (beat.concurrent_limit or None) if beat else None,

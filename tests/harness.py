@@ -165,6 +165,8 @@ class Lmx:
     @property
     def url(self) -> str:
         """Where the gateway serves."""
+        # A supervisor that took over says it once the gateway has handed it the listening socket.
+        self.wait_status(lambda document: bool(document["gateway"]["url"]))
         document = self.status()
         assert document is not None
         return str(document["gateway"]["url"])

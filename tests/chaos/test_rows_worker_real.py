@@ -35,11 +35,20 @@ def questions(scene: Scene, **options: Any) -> list[Call]:
     ]
 
 
+def without_cached(call: Call) -> dict[str, Any]:
+    """The usage; how much of a prompt came from the cache may differ from try to try."""
+    assert call.usage is not None
+    return {name: value for name, value in call.usage.items() if name != "prompt_tokens_details"}
+
+
 def test_row_01_sigabrt_idle(stage: Stage, figure: Figure) -> None:
     with stage.scene("row-01") as scene:
         victim = scene.loaded()
         scene.serves()
-        time.sleep(0.1)  # longer than `stable_s`: the first restart is then without a delay
+        # What a heartbeat said last is what the crash record knows. By then `stable_s` is over as well, so that the
+        # first restart is without a delay.
+        scene.lmx.wait_status(lambda _: scene.lmx.model("row-01")["phase"] == "idle")
+        time.sleep(0.1)
         killed_at = victim.signal(signal.SIGABRT)
         meanwhile = scene.ask(max_tokens=3)
         exited = scene.exited(victim)
@@ -85,7 +94,7 @@ def test_row_02_abort_mid_stream(stage: Stage, figure: Figure) -> None:
             call.wait()
             assert call.whole, repr(call)
             assert call.text == reference.text
-            assert call.usage == reference.usage
+            assert without_cached(call) == without_cached(reference)
         figure("row 02", "ready again", ready["ts"] - killed_at, target=5)
         after = [[at - ready["ts"] for at in call.chunks_at if at > ready["ts"] - 0.01] for call in running]
         first = [min(times) for times in after if times]
