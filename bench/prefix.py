@@ -24,7 +24,7 @@ from tests.harness import Lmx, deadline
 from tests.modelkit import WORDS, default_model
 
 MODEL: Final = "bench"
-#: What the issue allows, as shares of the first turn.
+#: What is allowed, as shares of the first turn.
 WARM: Final = 0.15
 RESTARTED: Final = 0.30
 _ANSWER_TOKENS: Final = 16

@@ -23,7 +23,7 @@ from tests.harness import Lmx
 from tests.modelkit import make_tiny_model
 
 MODEL: Final = "bench"
-#: What the issue allows on top of the plain load time of the model in a warm process.
+#: What is allowed on top of the plain load time of the model in a warm process.
 ALLOWED_S: Final = 0.5
 
 #: Every restart is at once, as if the process had served for long: the delay is a setting, not a cost.
