@@ -37,5 +37,5 @@ def test_tokens_that_go_out_together_are_those_that_go_out_alone(tmp_path: Path)
     for alone, together in zip(answers[0.0], answers[1.0], strict=True):
         assert (together.text, together.tokens, together.usage) == (alone.text, alone.tokens, alone.usage)
         assert together.after_end == 0
-    assert messages[0.0] >= TOKENS
-    assert messages[1.0] < TOKENS / 2
+    # A busy machine finds several steps at once without gathering too; half as many is far from what is expected.
+    assert messages[1.0] < messages[0.0] / 2, messages
