@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.admin_call import number, parameters, while_connected
 from gateway.context import context_of
 from gateway.forward import Forwarder
-from gateway.sse import KEEPALIVE, frame
+from gateway.sse import KEEPALIVE, frame, response_start
 from gateway.traffic import Traffic
 from protocol.errors import LmxError
 
@@ -20,11 +20,6 @@ _MAX_LAST: Final = 1000
 _KEEPALIVE_S: Final = 15.0
 #: How often a supervisor that is away is looked for.
 _AGAIN_S: Final = 1.0
-_HEADERS: Final = (
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-)
 #: A client that has not taken an event for this long is cut off.
 _STALL_S: Final = 30.0
 _FAR_AWAY: Final = 1e12
@@ -47,7 +42,7 @@ class Events:
         last = int(number(values, "last", _LAST, _MAX_LAST))
         since = number(values, "since", 0.0, _FAR_AWAY)
         with self._forwarder.follower():
-            await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
+            await send(response_start())
             if scope["method"] == "HEAD":
                 await send({"type": "http.response.body", "body": b""})
                 return

@@ -15,7 +15,7 @@ from gateway.admin_call import number, parameters, send_document, while_connecte
 from gateway.audit import Audit, Listener, told
 from gateway.context import context_of, header
 from gateway.decode import bad
-from gateway.sse import KEEPALIVE, frame
+from gateway.sse import KEEPALIVE, frame, response_start
 from gateway.traffic import Traffic
 from protocol.audit import MAX_PAGE, STATUSES, AuditReader, AuditRow, AuditUnreadableError, Filter, document
 from protocol.errors import LmxError
@@ -24,11 +24,6 @@ _PAGE: Final = 100
 #: Silence after which a listener is sent something, and a listener that takes nothing for this long is dropped.
 _KEEPALIVE_S: Final = 15.0
 _STALL_S: Final = 10.0
-_HEADERS: Final = (
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-)
 _FILTERS: Final = ("model", "status", "key", "client", "request_id", "error_type", "since", "until")
 _FAR_AWAY: Final = 1e12
 _MAX_TEXT: Final = 256
@@ -81,7 +76,7 @@ class AuditStream:
         """Answer until the client or this gateway goes, or the client does not keep up."""
         parameters(scope)
         with _listening(self._audit) as listener:
-            await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
+            await send(response_start())
             context_of(scope).close_after_response()
             try:
                 await while_connected(receive, self._run(listener, send))

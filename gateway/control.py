@@ -27,6 +27,7 @@ from protocol.control import (
 )
 from protocol.logs import event
 from protocol.messages import MalformedMessageError, encode
+from protocol.standstill import Standstill
 
 #: Between two connections that ended at once; `dial` backs off by itself while the socket is absent.
 _REDIAL_S: Final = 0.5
@@ -47,9 +48,8 @@ class Lease:
 
     def __init__(self, lease_s: float, slept_s: float, now: float) -> None:
         self.lease_s = lease_s
-        self._slept_s = slept_s
+        self._standstill = Standstill(slept_s, now)
         self._heard_at = now
-        self._checked_at = now
 
     def renew(self, now: float) -> None:
         """A supervisor was heard."""
@@ -57,9 +57,8 @@ class Lease:
 
     def expired(self, now: float, interval_s: float) -> bool:
         """Return whether the lease is over; to be asked every `interval_s`."""
-        late = now - self._checked_at - interval_s
-        self._checked_at = now
-        if late > self._slept_s:
+        self._standstill.rested(interval_s)
+        if self._standstill.look(now):
             self._heard_at = now
         return now - self._heard_at > self.lease_s
 

@@ -10,6 +10,12 @@ import msgspec
 
 #: Sent while nothing else is, so that proxies and clients keep the connection.
 KEEPALIVE: Final = b": keepalive\n\n"
+#: Nothing in between may keep or collect events.
+_HEADERS: Final = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
 #: Line ends of Unicode that JSON leaves as they are and on which some clients (httpx `iter_lines`) split lines.
 _UNICODE_LINE_ENDS: Final = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
 
@@ -26,6 +32,11 @@ def frame(data: bytes, event: str = "") -> bytes:
 
 
 DONE: Final = frame(b"[DONE]")
+
+
+def response_start() -> dict[str, Any]:
+    """Return the ASGI message that begins a stream of events."""
+    return {"type": "http.response.start", "status": 200, "headers": list(_HEADERS)}
 
 
 def json_line(value: Any) -> bytes:

@@ -11,17 +11,12 @@ from gateway.chunks import ChunkWriter
 from gateway.errors import error_body
 from gateway.requests import Request, RequestState
 from gateway.responses import CompletionUsage, PromptTokensDetails
-from gateway.sse import DONE, KEEPALIVE, frame
+from gateway.sse import DONE, KEEPALIVE, frame, response_start
 from protocol.logs import event
 
 #: A client that has not taken a byte for this long is cut off.
 WRITE_STALL_S: Final = 30.0
 _STALL_CHECK_S: Final = 1.0
-_HEADERS: Final = (
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-)
 
 
 def usage_of(call: Call) -> CompletionUsage:
@@ -54,7 +49,7 @@ class EventStream:
         self._timer = self._loop.call_later(self._keepalive_s, self._tick)
         try:
             await self._until_taken()
-            await self._send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
+            await self._send(response_start())
             await self._write(await self._until_end() + self._ending(), more=False)
         finally:
             self._timer.cancel()

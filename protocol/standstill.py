@@ -17,6 +17,10 @@ class Standstill:
         """The owner will look again then, if nothing wakes it before."""
         self._due = due
 
+    def rested(self, seconds: float) -> None:
+        """The owner meant to rest for so long since it last looked."""
+        self._due += seconds
+
     def look(self, now: float) -> float:
         """Return for how many seconds all stood still: 0 unless longer than `slept_s`."""
         late, self._due = now - self._due, now

@@ -211,6 +211,13 @@ def chat(model: str, *, max_tokens: int, stream: bool, text: str = "Hello there"
     }
 
 
+def without_cached(usage: dict[str, Any] | None) -> dict[str, Any]:
+    """Return usage but for the share of the prompt that came from the cache, which may differ from try to try."""
+    assert usage is not None
+    assert 0 <= usage["prompt_tokens_details"]["cached_tokens"] <= usage["prompt_tokens"]
+    return {name: value for name, value in usage.items() if name != "prompt_tokens_details"}
+
+
 class Stream:
     """What came over one SSE stream: texts, the end, and an error event if there was one."""
 

@@ -13,6 +13,7 @@ import pytest
 
 from tests.chaos.figures import Figure
 from tests.chaos.scene import FAIL, Call, Scene, Stage
+from tests.harness import without_cached
 
 STREAMS = 8
 TOKENS = 500
@@ -33,12 +34,6 @@ def questions(scene: Scene, **options: Any) -> list[Call]:
         scene.ask(f"Number {number} is told about the sea", **{"max_tokens": TOKENS, **options})
         for number in range(STREAMS)
     ]
-
-
-def without_cached(call: Call) -> dict[str, Any]:
-    """The usage; how much of a prompt came from the cache may differ from try to try."""
-    assert call.usage is not None
-    return {name: value for name, value in call.usage.items() if name != "prompt_tokens_details"}
 
 
 def test_row_01_sigabrt_idle(stage: Stage, figure: Figure) -> None:
@@ -94,7 +89,7 @@ def test_row_02_abort_mid_stream(stage: Stage, figure: Figure) -> None:
             call.wait()
             assert call.whole, repr(call)
             assert call.text == reference.text
-            assert without_cached(call) == without_cached(reference)
+            assert without_cached(call.usage) == without_cached(reference.usage)
         figure("row 02", "ready again", ready["ts"] - killed_at, target=5)
         after = [[at - ready["ts"] for at in call.chunks_at if at > ready["ts"] - 0.01] for call in running]
         first = [min(times) for times in after if times]

@@ -12,7 +12,7 @@ import openai
 import psutil
 import pytest
 
-from tests.harness import Lmx, Stream, chat, read_stream
+from tests.harness import Lmx, Stream, chat, read_stream, without_cached
 
 #: Kills in a row are the point here, so they are no crash loop.
 PATIENT = {
@@ -43,12 +43,6 @@ def request(number: int, *, stream: bool = True, max_tokens: int = 400, **more: 
 def usage(stream: Stream) -> dict[str, Any]:
     (found,) = [chunk["usage"] for chunk in stream.chunks if not chunk["choices"]]
     return without_cached(found)
-
-
-def without_cached(found: dict[str, Any]) -> dict[str, Any]:
-    """The usage; but for the share of the prompt that came from the cache, which may differ from try to try."""
-    assert 0 <= found["prompt_tokens_details"]["cached_tokens"] <= found["prompt_tokens"]
-    return {name: value for name, value in found.items() if name != "prompt_tokens_details"}
 
 
 async def killed_at(
