@@ -208,6 +208,11 @@ class Server(uvicorn.Server):
         for server in self.servers:
             server.close()
 
+    def close_idle(self) -> None:
+        """Close the connections on which nothing is being answered, and the others after their response."""
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Capture none."""

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import socket
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +30,9 @@ _LEASE_CHECKS: Final = 20
 _MAX_LEASE_CHECK_S: Final = 1.0
 #: Last rows are on their way to a file that somebody may have locked.
 _AUDIT_CLOSE_S: Final = 2.0
+#: A client that goes on at once does so on the connection it has; one that pauses longer opens another.
+_LET_GO_AFTER_S: Final = 1.0
+_LET_GO_CHECK_S: Final = 0.05
 
 
 class Service:
@@ -142,20 +146,36 @@ class Service:
         event("gateway_handing_over", grace_s=grace_s, running=self._traffic.running)
         self._server.stop_accepting()
         self._traffic.close()
-        self._watch_drain(grace_s, code)
+        self._watch_drain(self._let_go(grace_s), code)
 
     def _start_drain(self, grace_s: float, code: WorkerExit | None) -> None:
         event("gateway_draining", grace_s=grace_s, running=self._traffic.running)
         self._traffic.drain()
-        self._watch_drain(grace_s, code)
+        self._watch_drain(self._traffic.idle(grace_s), code)
 
-    def _watch_drain(self, grace_s: float, code: WorkerExit | None) -> None:
-        task = self._loop.create_task(self._drain(grace_s, code))
+    def _watch_drain(self, emptied: Coroutine[Any, Any, bool], code: WorkerExit | None) -> None:
+        task = self._loop.create_task(self._drain(emptied, code))
         self._drains.add(task)
         task.add_done_callback(self._drains.discard)
 
-    async def _drain(self, grace_s: float, code: WorkerExit | None) -> None:
-        if not await self._traffic.idle(grace_s):
+    async def _let_go(self, grace_s: float) -> bool:
+        """Return whether every connection has gone in time.
+
+        Between "nothing runs" and the order to stop a request may come on a connection kept alive. So the open ones
+        get time for one more response, which closes them, and what is still open after a silence is closed.
+        """
+        deadline = self._loop.time() + grace_s
+        quiet_since = self._loop.time()
+        while self._server.connection_count() and self._loop.time() < deadline:
+            if self._traffic.running:
+                quiet_since = self._loop.time()
+            elif self._loop.time() - quiet_since >= _LET_GO_AFTER_S:
+                self._server.close_idle()
+            await asyncio.sleep(_LET_GO_CHECK_S)
+        return self._traffic.running == 0
+
+    async def _drain(self, emptied: Coroutine[Any, Any, bool], code: WorkerExit | None) -> None:
+        if not await emptied:
             self._pool.fail_requests(_stopping())
         if code is None:
             self._control.drained()

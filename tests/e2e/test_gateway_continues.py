@@ -566,6 +566,39 @@ async def test_a_hand_over_leaves_new_connections_to_the_next_gateway_and_finish
             assert (await waiting).status_code == 200
 
 
+async def test_a_request_that_follows_on_a_kept_connection_is_served_though_nothing_ran_for_a_moment() -> None:
+    async with stack(SOON) as lmx, httpx.AsyncClient(base_url=lmx.gateway.url, trust_env=False, timeout=20) as kept:
+        worker = await lmx.start_worker()
+        # A keep-alive comment sends the head of the answer before the hand-over: the connection stays open after it.
+        heads: list[httpx.Response] = []
+
+        async def ask() -> str:
+            async with kept.stream("POST", "/v1/chat/completions", json=chat_body(stream=True)) as answer:
+                heads.append(answer)
+                await answer.aread()
+                return text_of(answer.text)
+
+        async def stop_when_drained() -> None:
+            await lmx.supervisor.hear(Drained)
+            lmx.supervisor.send(Stop("replaced"))
+
+        first = asyncio.create_task(ask())
+        rid = (await worker.accept()).rid
+        await until(lambda: len(heads) == 1)
+        stopping = asyncio.create_task(stop_when_drained())
+        lmx.supervisor.send(Drain(30, hand_over=True))
+        await until(lambda: "gateway_handing_over" in names(lmx))
+        await end(worker, rid, 1, "one")
+        assert await first == "one"
+        await asyncio.sleep(0.2)  # the client thinks
+        second = asyncio.create_task(ask())
+        await end(worker, (await worker.accept()).rid, 1, "two")
+        assert await second == "two"
+        assert [head.headers.get("connection") for head in heads] == [None, "close"]
+        await stopping
+        assert await lmx.gateway.exit_code() == 0
+
+
 async def test_holding_nothing_is_the_old_way() -> None:
     async with stack(FAIL) as lmx:
         worker = FakeWorker(lmx.home, "tiny")
