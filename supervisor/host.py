@@ -22,7 +22,7 @@ from supervisor import events as ev
 from supervisor import lifecycle as life
 from supervisor import reclaim
 from supervisor.breaker import Breaker, after_failure, after_start, start_allowed_at
-from supervisor.children import Child
+from supervisor.children import Child, start_failure
 from supervisor.crash_reports import CrashReports
 from supervisor.crashes import BlackBox, crash_id
 from supervisor.exits import ExitRecord, record
@@ -207,7 +207,7 @@ class Host:
         try:
             managed.child = self._spawn(managed, incarnation, degraded=degraded)
         except OSError as error:
-            failed = record("start_failed", at=time.time(), detail=f": {error.strerror}")
+            failed = record(start_failure(error), at=time.time(), detail=f": {error.strerror}")
             self.feed(managed, ev.SpawnFailed(failed, self._luck()))
             return
         with self.guard("start"):  # a process that runs must be known to run
@@ -240,7 +240,7 @@ class Host:
         if spare is None or not spare.ready:
             return None
         spec = self.launcher.worker_spec(managed.name, incarnation, managed.model, managed.path, degraded=degraded)
-        child = spare.take(spec)
+        child = spare.take(msgspec.json.encode(spec))
         if child is not None:
             self.home.spec(SPARE, spare.incarnation).unlink(missing_ok=True)
             self.journal.write("spare_used", model=managed.model, pid=child.pid)
