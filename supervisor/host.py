@@ -60,6 +60,8 @@ class Host:
         self.listen_fd = -1
         #: While True nothing is started: processes of an earlier supervisor may still introduce themselves.
         self.holding = True
+        #: Whether all processes are being ended, and no model may be added.
+        self.ending = False
         self.guard = Guard()
         self.meter = Meter(platform, self.guard)
         self._changed = changed
@@ -97,7 +99,9 @@ class Host:
     def remove(self, managed: Managed) -> None:
         """Forget a stopped slot."""
         assert managed.child is None, "a slot with a process is not forgotten"
-        self.slots.pop(managed.name, None)
+        if self.slots.get(managed.name) is not managed:
+            return  # forgotten already, and perhaps another has its name
+        del self.slots[managed.name]
         self.crashes.forget(managed.model)
         self._changed()
 

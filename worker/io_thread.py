@@ -129,15 +129,18 @@ class IoThread:
         self._forgive_standstill()
         if self._mail.fileno in fds:
             self._on_wake(monotonic())
-        if readable:
+        if readable and not self._done:  # the end, which closes the sockets, may have been among the events
             self._inbound.receive()
         if self._control.fileno in fds:
             self._control.flush()
             now = monotonic()
             for message in self._control.receive(now):
                 self._on_control(message, now)
+        now = self._forgive_standstill()
+        if now >= self._mail.due and not self._done:
+            self._take_events(now)
         if not self._done:
-            self._on_timers(self._forgive_standstill())
+            self._on_timers(now)
 
     def _forgive_standstill(self) -> float:
         """Return the time. If this machine stood still, so did the supervisor: its lease begins anew."""
@@ -175,8 +178,6 @@ class IoThread:
         )
 
     def _on_timers(self, now: float) -> None:
-        if now >= self._mail.due:
-            self._take_events(now)
         control, book = self._control, self._book
         if not control.connected and now >= control.dial_at:
             control.dial(now)
