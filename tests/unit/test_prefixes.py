@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from tests.cachekit import windowed
 from worker import prefixes as module
 from worker.batch import BatchBackend
 from worker.jobs import Job, Relieve
@@ -203,21 +204,7 @@ def test_a_cache_that_is_not_what_it_should_be_is_dropped(tiny: Model, monkeypat
 
 
 def test_models_whose_caches_cannot_be_cut_have_none() -> None:
-    from mlx_lm.models import gemma3_text
-
-    arguments = gemma3_text.ModelArgs(
-        model_type="gemma3_text",
-        hidden_size=32,
-        num_hidden_layers=6,
-        intermediate_size=32,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        vocab_size=64,
-        sliding_window=32,
-        sliding_window_pattern=6,
-    )
-    assert probe(gemma3_text.Model(arguments)) is None
+    assert probe(windowed()) is None
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
