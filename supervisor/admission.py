@@ -309,13 +309,14 @@ class Admission:
 
     def use_of(self, managed: Managed) -> Use:
         """Return one model as the ledger sees it."""
-        account, slot = managed.account, managed.slot
+        account, slot, beat = managed.account, managed.slot, managed.heartbeat
         configured = self._config.ttl_s
+        in_flight = beat is not None and beat.running + beat.waiting > 0
         return Use(
             model=managed.model,
             need=account.need,
             footprint=managed.memory_bytes if slot.pid else 0,
-            busy=account.busy or slot.late,
+            busy=account.busy or in_flight or slot.late,
             ready=slot.state is ModelState.READY and not account.leaving,
             pinned=account.pinned or managed.model in self._config.pinned,
             used_at=account.used_at,
