@@ -237,7 +237,9 @@ class BatchBackend:
         self._unanswered.discard(job)
         self._prompts.drop(job)
         self._prompt_scores.pop(job, None)
-        self._searching.pop(job, None)
+        searching = self._searching.pop(job, None)
+        if searching is not None:
+            self._prefixes.abandon(searching[1])
         uid = self._uids.pop(job, None)
         if uid is not None:
             del self._jobs[uid]

@@ -73,6 +73,8 @@ class IoThread:
         self._standstill = Standstill(spec.lifecycle.slept_s, now)
         self._lease_over = False
         self._heartbeat_at = now
+        #: Whether the supervisor knows that there are requests: one that does not may unload an idle model.
+        self._told_busy = False
         self._retry_at = NEVER
         self._drain_by = NEVER
         self._end_by = NEVER
@@ -181,7 +183,7 @@ class IoThread:
         control, book = self._control, self._book
         if not control.connected and now >= control.dial_at:
             control.dial(now)
-        if now >= self._heartbeat_at:
+        if now >= self._heartbeat_at or (not self._told_busy and _busy(book)):
             self._heartbeat_at = now + self._spec.lifecycle.heartbeat_s
             self._heartbeat()
         if book is not None and now >= book.next_expiry:
@@ -232,6 +234,7 @@ class IoThread:
     def _heartbeat(self) -> None:
         self._inbound.log_dropped()
         book = self._book
+        self._told_busy = _busy(book)
         self._control.send(self._report.heartbeat(book))
         if book is not None:
             self._link.probe(book.gateways, self._status.step)
@@ -357,6 +360,10 @@ class IoThread:
         self._control.finish(_FLUSH_S / 2)
         self._tracer.close()
         self._done = True
+
+
+def _busy(book: Book | None) -> bool:
+    return book is not None and bool(book.running or book.waiting)
 
 
 def _told(message: Stop) -> LmxError | None:
