@@ -239,7 +239,7 @@ class Door:
                 if wanted is None:
                     raise LmxError("invalid_json", "The body is not a JSON object.")
                 # A model that is no text is nobody's; the endpoint's own check would come too late.
-                visit.access.check_model(wanted.model if isinstance(wanted.model, str) else "")
+                visit.access.check_model(wanted.model_name)
             limit = visit.budget.tokens
             if limit:
                 tokens = estimate(wanted, len(body), scope["path"], limit)

@@ -31,7 +31,16 @@ def home(tmp_path: Path) -> Path:
     file = AuditFile(tmp_path / "audit.db")
     file.append(
         [
-            row(48, model="alpha", incarnation=3, backend_type="local", ttft_ms=80.4, prompt_tokens=9, completion_tokens=4, total_tokens=13),
+            row(
+                48,
+                model="alpha",
+                incarnation=3,
+                backend_type="local",
+                ttft_ms=80.4,
+                prompt_tokens=9,
+                completion_tokens=4,
+                total_tokens=13,
+            ),
             row(3, status="error", http_status=401, error_type="invalid_api_key", count=7),
             row(2, model="beta", key_id="ab12", client="key:ab12", client_id="@mailer", priority=-5),
         ]
