@@ -24,7 +24,7 @@ _PAGE: Final = 100
 #: Silence after which a listener is sent something, and a listener that takes nothing for this long is dropped.
 _KEEPALIVE_S: Final = 15.0
 _STALL_S: Final = 10.0
-_FILTERS: Final = ("model", "status", "key", "client", "request_id", "error_type", "since", "until")
+_FILTERS: Final = ("model", "status", "key", "client", "request_id", "error_type", "backend_type", "since", "until")
 _FAR_AWAY: Final = 1e12
 _MAX_TEXT: Final = 256
 #: Pages that are read at a time; each has a thread.

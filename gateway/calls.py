@@ -113,6 +113,7 @@ class Calls:
         self._numbers = numbers
         self._tracer = tracer or NullTracer()
         self._bodies = BodyReader(config.max_body_bytes)
+        self._parsing = asyncio.Semaphore(1)
         self._rids = Rids()
 
     def admit(self) -> contextlib.AbstractContextManager[None]:
@@ -130,7 +131,9 @@ class Calls:
         if body is None:
             return None
         if len(body) > _LARGE_BODY_BYTES:
-            return await asyncio.to_thread(parse, body, self.config)
+            # One at a time: a decoder keeps the interpreter to itself, and the loop gets it back only in between.
+            async with self._parsing:
+                return await asyncio.to_thread(parse, body, self.config)
         return parse(body, self.config)
 
     def find(self, model: str) -> CatalogModel:

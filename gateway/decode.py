@@ -5,6 +5,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
+from gateway.weight import check_weight
 from protocol.errors import LmxError
 
 #: msgspec puts the path of the offending field at the end of its message.
@@ -21,6 +22,7 @@ T = TypeVar("T")
 
 def read(body: bytes, decoder: "msgspec.json.Decoder[T]") -> tuple[Fields, T]:
     """Return the fields of a body, and what `decoder` makes of it. Raises `LmxError` with a 400 code."""
+    check_weight(body)
     _check_utf8(body)
     fields = decode(_FIELDS, body)
     return fields, decode(decoder, body)

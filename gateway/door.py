@@ -4,6 +4,7 @@ Health routes are open to everyone. Everything under `/admin` and `/ws` is for a
 does not exist, is inference. Whatever goes wrong in here refuses the request.
 """
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -21,6 +22,7 @@ from gateway.keyring import Keyring
 from gateway.limits import Budget, Headers, Limiter, Reservation
 from gateway.middleware import canonical_path
 from gateway.refusal import has_large_body, refuse_unread
+from gateway.signed_client import SignedClients, signed_clients
 from protocol.errors import LmxError
 from protocol.logs import exception_event
 from protocol.profiles import Rules, rules
@@ -31,8 +33,8 @@ if TYPE_CHECKING:
 
 #: No key, no limit, any host: for probes.
 HEALTH: Final = frozenset({"/healthz", "/readyz"})
-#: What an operator looks at when something is wrong must not be used up by looking.
-_UNLIMITED: Final = frozenset({"/admin/health"})
+#: What only looks: whoever may look must not use up what is needed to mend, and screens look every few seconds.
+_LOOKING: Final = frozenset({"GET", "HEAD"})
 _MODEL: Final = "/models/"
 _METRICS: Final = "/metrics"
 _CORS_HEADERS: Final = (
@@ -67,7 +69,13 @@ def front_door(spec: GatewaySpec) -> tuple[list[Middleware], Middleware]:
     limiter = Limiter(settings)
     limit = spec.gateway.max_body_bytes
     return outer, Middleware(
-        Door, rules=settings, authenticator=authenticator, limiter=limiter, max_body_bytes=limit, tokens=tokens
+        Door,
+        rules=settings,
+        authenticator=authenticator,
+        limiter=limiter,
+        max_body_bytes=limit,
+        tokens=tokens,
+        signed=signed_clients(spec.security.client_secret_file),
     )
 
 
@@ -102,12 +110,14 @@ class Door:
         limiter: Limiter,
         max_body_bytes: int,
         tokens: "TokenVerifier | None" = None,
+        signed: SignedClients | None = None,
     ) -> None:
         self._app = app
         self._rules = rules
         self._authenticator = authenticator
         self._limiter = limiter
         self._tokens = tokens
+        self._signed = signed
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -183,7 +193,7 @@ class Door:
                 # Counted before it is refused: nobody guesses keys faster than this.
                 await self._limiter.admin(address, headers)
                 raise
-            if scope["path"] not in _UNLIMITED:
+            if scope["method"] not in _LOOKING:
                 await self._limiter.admin(access.client, headers)
             return _Visit(access, self._limiter.budget(access), address)
         try:
@@ -191,6 +201,8 @@ class Door:
             access = self._authenticator.inference(credential, address, token)
             if scope["path"] == _METRICS and not self._rules.metrics_open:
                 _check_metrics(access)
+            if self._signed is not None:
+                access = self._signed.named(access, scope, time.time())
         except LmxError:
             stranger = Access(address)
             await self._limiter.inference(address, self._limiter.budget(stranger), headers)
@@ -227,7 +239,7 @@ class Door:
                 if wanted is None:
                     raise LmxError("invalid_json", "The body is not a JSON object.")
                 # A model that is no text is nobody's; the endpoint's own check would come too late.
-                visit.access.check_model(wanted.model if isinstance(wanted.model, str) else "")
+                visit.access.check_model(wanted.model_name)
             limit = visit.budget.tokens
             if limit:
                 tokens = estimate(wanted, len(body), scope["path"], limit)

@@ -1,7 +1,7 @@
 """Reading along with a request's body, for what has to be known before it is worked on: the model and the tokens."""
 
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 from starlette.types import Message, Receive
@@ -15,13 +15,24 @@ _ANSWER_TOKENS: Final = 512
 _NO_ANSWER: Final = frozenset({"/embeddings", "/rerank", "/tokenize", "/detokenize"})
 
 
-class Wanted(msgspec.Struct):
-    """The few fields that are looked at; of a field that is there twice the last counts, as everywhere here."""
+#: A name or a number has fewer bytes, however it is escaped; what has more is neither.
+_SMALL_BYTES: Final = 8192
+_NOTHING: Final = msgspec.Raw(b"null")
 
-    model: Any = None
-    max_tokens: Any = None
-    max_completion_tokens: Any = None
-    n: Any = None
+
+class Wanted(msgspec.Struct):
+    """The few fields that are looked at, unread; of a field that is there twice the last counts, as everywhere here."""
+
+    model: msgspec.Raw = _NOTHING
+    max_tokens: msgspec.Raw = _NOTHING
+    max_completion_tokens: msgspec.Raw = _NOTHING
+    n: msgspec.Raw = _NOTHING
+
+    @property
+    def model_name(self) -> str:
+        """The model, "" for what is no name."""
+        found = _small(self.model)
+        return found if isinstance(found, str) else ""
 
 
 _DECODER: Final = msgspec.json.Decoder(Wanted)
@@ -47,7 +58,18 @@ def estimate(wanted: Wanted | None, size: int, path: str, limit: int) -> int:
     return max(answer, min(limit, answer + size // _BYTES_PER_TOKEN + 1))
 
 
-def _number(value: object) -> int:
+def _small(raw: msgspec.Raw) -> object:
+    """Return a value; None for what is so large that it cannot be one that is looked for."""
+    if len(memoryview(raw)) > _SMALL_BYTES:
+        return None
+    try:
+        return msgspec.json.decode(raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def _number(raw: msgspec.Raw) -> int:
+    value = _small(raw)
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 

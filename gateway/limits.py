@@ -70,7 +70,7 @@ class Limiter:
         )
 
     async def admin(self, client: str, headers: Headers) -> None:
-        """Count one admin request, good or not; raise `rate_limit_exceeded`."""
+        """Count one order of an administrator, or one refused request; raise `rate_limit_exceeded`."""
         if self._admin:
             await self._take("admin", client, self._admin, 1, headers)
 

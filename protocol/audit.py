@@ -145,6 +145,7 @@ class Filter(msgspec.Struct, frozen=True):
     error_type: str | None = None
     since: float | None = None
     until: float | None = None
+    backend_type: str | None = None
 
     def where(self) -> tuple[list[str], list[Any]]:
         """Return conditions in SQL, and their values."""
@@ -156,6 +157,7 @@ class Filter(msgspec.Struct, frozen=True):
             ("key_id = ?", self.key),
             ("request_id = ?", self.request_id),
             ("error_type = ?", self.error_type),
+            ("backend_type = ?", self.backend_type),
             ("timestamp >= ?", self.since),
             ("timestamp < ?", self.until),
         ):
@@ -164,6 +166,8 @@ class Filter(msgspec.Struct, frozen=True):
                 values.append(value)
         if self.status is not None and self.status != "success":
             conditions.append(_INDEXED["status"])  # says that the index of these will do
+        if self.backend_type is not None and self.backend_type != "local":
+            conditions.append(_INDEXED["backend_type"])
         if self.client is not None:
             conditions.append("(client = ? OR client_id = ?)")
             values += [self.client, self.client]

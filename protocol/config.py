@@ -82,6 +82,8 @@ class SecurityConfig(_Section, frozen=True):
     #: A scope that a token must have to be let in, and one that makes its bearer an administrator; empty: none.
     jwt_scope: str = ""
     jwt_admin_scope: str = ""
+    #: The absolute path of the secret that proxies and bots sign their clients' ids with; empty: no such id counts.
+    client_secret_file: str = ""
     #: Requests of different keys, or of different addresses where there are none, share no cached prefix.
     isolate_prefixes: bool = False
     #: PEM files; with both the gateway speaks TLS.

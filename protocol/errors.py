@@ -33,6 +33,7 @@ _ROWS: Final = (
     ErrorSpec("context_length_exceeded", 400, _INVALID, "The prompt is longer than the model's context"),
     ErrorSpec("request_too_large", 400, _INVALID, "The request needs more memory than the model's process has"),
     ErrorSpec("invalid_api_key", 401, "authentication_error", "The API key is missing or wrong"),
+    ErrorSpec("invalid_client_signature", 401, "authentication_error", "The client's signature is not good"),
     ErrorSpec("forbidden", 403, "permission_error", "That needs another key"),
     ErrorSpec("model_not_found", 404, _INVALID, "No such model is loaded"),
     ErrorSpec("not_found", 404, _INVALID, "No such route"),

@@ -52,6 +52,7 @@ class Moment(click.ParamType[float]):
 @click.option("--client", help="Of this client: key:ID, an address, or an X-Client-ID.")
 @click.option("--request-id", help="With this id.")
 @click.option("--error", "error_type", help="That ended with this error code.")
+@click.option("--backend", "backend_type", help="That were worked on there: 'local' is a worker of this machine.")
 @click.option("--since", type=Moment(), help="Not before: 24h (so long ago) or 2027-01-31 (UTC).")
 @click.option("--until", type=Moment(), help="Before.")
 @click.option("--limit", type=click.IntRange(1), help=f"At most so many [{_SHOWN}; with --export all].")

@@ -12,6 +12,7 @@ from protocol.config_load import BadConfigError
 from protocol.keys import KeyFile, KeyStoreError
 from protocol.paths import Home
 from protocol.profiles import is_loopback, problems
+from protocol.secretfile import SecretFileError, read_secret
 from protocol.tracing import tracing_problems
 from supervisor.adminkey import admin_digest
 
@@ -38,6 +39,8 @@ def check_door(home: Home, config: Config) -> None:
     found = problems(config, admin_key=bool(digest), inference_keys=usable) + tracing_problems(config.tracing)
     if config.security.jwt_keys and "://" not in config.security.jwt_keys:
         found += _key_file_problems(Path(config.security.jwt_keys))
+    if config.security.client_secret_file:
+        found += _client_secret_problems(config.security.client_secret_file)
     if config.security.tls_certificate and config.security.tls_key:
         found += _tls_problems(config)
     if found:
@@ -53,6 +56,16 @@ def _key_file_problems(file: Path) -> list[str]:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return [f"security.jwt_keys: {file} is not a JSON Web Key Set"]
     return [] if keys else [f"security.jwt_keys: {file} has no keys"]
+
+
+def _client_secret_problems(file: str) -> list[str]:
+    if not file.startswith("/"):
+        return [f"security.client_secret_file: {file!r} has to begin with /: the gateway runs in another folder"]
+    try:
+        read_secret(Path(file), "make another one: openssl rand -hex 32")
+    except SecretFileError as error:
+        return [f"security.client_secret_file: {error}"]
+    return []
 
 
 def _tls_problems(config: Config) -> list[str]:

@@ -294,6 +294,11 @@ async def test_the_admin_key_and_keys_of_the_scope_admin_count_as_themselves(tmp
     boss = kit.key("boss", scope="admin")
     for key in (ADMIN_KEY, boss):
         assert [(await kit.ask("/admin", key=key)).status for _ in range(3)] == [200, 200, 429]
+    # Looking is free, and takes nothing of what orders have; guessing is not.
+    looked = [(await kit.ask("/admin/status", key=ADMIN_KEY, method="GET")).status for _ in range(20)]
+    assert looked == [200] * 20
+    guessed = [(await kit.ask("/admin/status", key="guess", method="GET")).status for _ in range(4)]
+    assert guessed == [403, 403, 429, 429]
     assert limiter().budget(Access("x")) == Budget(0, 0, 0)
     assert windows.MAX_WINDOWS == 20_000
 

@@ -159,6 +159,7 @@ def test_the_file_is_private_and_indexed(path: Path) -> None:
             Filter(key="k"),
             Filter(request_id="r"),
             Filter(client="c"),
+            Filter(backend_type="openai"),
         ):
             conditions, values = wanted.where()
             query = f"EXPLAIN QUERY PLAN SELECT * FROM audit_logs WHERE {' AND '.join(conditions)} ORDER BY id DESC"
@@ -188,6 +189,7 @@ def test_rows_come_back_by_every_filter_and_a_page_at_a_time(path: Path) -> None
     assert ids(model="beta", status="success") == ["r2"]
     assert ids(error_type="invalid_json") == ["r3"]
     assert ids(request_id="r2") == ["r2"]
+    assert ids(backend_type="openai") == []
     assert ids(since=NOW + 2, until=NOW + 4) == ["r2", "r3"]
     assert len(ids(model="alpha")) == 2501
     with AuditReader(path) as reader:

@@ -31,7 +31,16 @@ def home(tmp_path: Path) -> Path:
     file = AuditFile(tmp_path / "audit.db")
     file.append(
         [
-            row(48, model="alpha", incarnation=3, ttft_ms=80.4, prompt_tokens=9, completion_tokens=4, total_tokens=13),
+            row(
+                48,
+                model="alpha",
+                incarnation=3,
+                backend_type="local",
+                ttft_ms=80.4,
+                prompt_tokens=9,
+                completion_tokens=4,
+                total_tokens=13,
+            ),
             row(3, status="error", http_status=401, error_type="invalid_api_key", count=7),
             row(2, model="beta", key_id="ab12", client="key:ab12", client_id="@mailer", priority=-5),
         ]
@@ -62,6 +71,8 @@ def test_the_table_shows_who_asked_what_and_how_it_ended(home: Path) -> None:
         (["--client", "10.0.0.1"], ["r3", "r48"]),
         (["--request-id", "r48"], ["r48"]),
         (["--error", "invalid_api_key"], ["r3"]),
+        (["--backend", "local"], ["r48"]),
+        (["--backend", "openai"], []),
         (["--since", "24h"], ["r2", "r3"]),
         (["--until", "24h"], ["r48"]),
         (["--limit", "1"], ["r2"]),
