@@ -4,55 +4,30 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Any, Final, NoReturn, ParamSpec
+from typing import Any, Final
 
 import click
 import msgspec
 
 from protocol import __version__, control
-from protocol.messages import Message
 from protocol.paths import Home, UnsafeHomeError, default_home, expanded
 from protocol.states import CliExit
 from supervisor.cli_audit import audit
+from supervisor.cli_common import command, fail, fetched, reports
 from supervisor.cli_keys import keys
+from supervisor.cli_models import MODEL_COMMANDS
 from supervisor.client import Client, UnreachableError, WaitedTooLongError
 
-_COMMAND_S: Final = 960.0
 _STOP_S: Final = 400.0
 _WATCH_S: Final = 1.0
 _UPGRADE_S: Final = 60.0
 _POLL_S: Final = 0.05
-P = ParamSpec("P")
 
 
 def main() -> None:
     """Run the command line."""
     cli.main(prog_name="lmx-supervisor")
-
-
-def _fail(message: str, code: CliExit = CliExit.FAILED) -> NoReturn:
-    click.echo(f"error: {message}", err=True)
-    sys.exit(code)
-
-
-def _reports(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn what can go wrong between us and the supervisor into words and an exit code."""
-
-    @wraps(command)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except UnreachableError as error:
-            _fail(f"{error}; start it with: lmx-supervisor run", CliExit.UNREACHABLE)
-        except WaitedTooLongError as error:
-            _fail(str(error), CliExit.TIMED_OUT)
-        except BrokenPipeError:
-            sys.exit(CliExit.OK)
-
-    return wrapped
 
 
 @click.group()
@@ -64,11 +39,13 @@ def cli(context: click.Context, home: Path | None) -> None:
     try:
         context.obj = Home(expanded(home) if home else default_home())
     except UnsafeHomeError as error:
-        _fail(str(error), CliExit.BAD_CONFIG)
+        fail(str(error), CliExit.BAD_CONFIG)
 
 
 cli.add_command(keys)
 cli.add_command(audit)
+for _command in MODEL_COMMANDS:
+    cli.add_command(_command)
 
 
 @cli.command()
@@ -85,14 +62,14 @@ def run(home: Home, config: Path | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the document lmx.status/1.")
 @click.option("--watch", is_flag=True, help="Print again every second, until Ctrl-C.")
 @click.pass_obj
-@_reports
+@reports
 def status(home: Home, as_json: bool, watch: bool) -> None:
     """Show the supervisor, the gateway and every model. Exit 3 if a model that should serve does not."""
     try:
         client = Client(home)
     except UnreachableError as error:
         _last_words(home, as_json=as_json)
-        _fail(str(error), CliExit.UNREACHABLE)
+        fail(str(error), CliExit.UNREACHABLE)
     while True:
         document = json.loads(client.status())
         if watch and not as_json:
@@ -105,98 +82,6 @@ def status(home: Home, as_json: bool, watch: bool) -> None:
             time.sleep(_WATCH_S)
         except KeyboardInterrupt:
             sys.exit(CliExit.OK)
-
-
-@cli.command()
-@click.argument("model")
-@click.option("--id", "model_id", help="Name to serve it under [its id, repository or folder name].")
-@click.option("--pin", is_flag=True, help="Never unload it to make room or for being idle.")
-@click.option("--ttl", type=click.FloatRange(0), metavar="SECONDS", help="Unload it after so long idle; 0 never.")
-@click.pass_obj
-@_reports
-def load(home: Home, model: str, model_id: str | None, pin: bool, ttl: float | None) -> None:
-    """Load MODEL: an id, a folder or a Hugging Face repository. Returns when it is ready."""
-    ref = _fetched(home, model)
-    _command(home, control.LoadRequest(model_id or ref.id, str(ref.folder), pin, ttl))
-
-
-@cli.command()
-@click.argument("model")
-@click.option("--id", "model_id", help="Name it would be served under [its id, repository or folder name].")
-@click.option("--json", "as_json", is_flag=True, help="Print the document lmx.fit/1.")
-@click.pass_obj
-@_reports
-def fit(home: Home, model: str, model_id: str | None, as_json: bool) -> None:
-    """Say whether MODEL, which is here already, would fit into memory, and what a load would unload for it."""
-    from supervisor.cli_memory import show_fit
-    from supervisor.modelref import UnknownModelError, resolve
-
-    try:
-        ref = resolve(model, home)
-    except UnknownModelError as error:
-        _fail(str(error))
-    show_fit(home, model_id or ref.id, str(ref.folder), as_json=as_json)
-
-
-@cli.command()
-@click.argument("model")
-@click.pass_obj
-@_reports
-def pin(home: Home, model: str) -> None:
-    """Never unload MODEL to make room for another or for being idle."""
-    _command(home, control.PinRequest(model, pinned=True))
-
-
-@cli.command()
-@click.argument("model")
-@click.pass_obj
-@_reports
-def unpin(home: Home, model: str) -> None:
-    """Let MODEL be unloaded again to make room or for being idle."""
-    _command(home, control.PinRequest(model, pinned=False))
-
-
-@cli.command()
-@click.argument("model")
-@click.pass_obj
-@_reports
-def pull(home: Home, model: str) -> None:
-    """Fetch MODEL into the models folder, without loading it. Does nothing if it is there."""
-    click.echo(_fetched(home, model).folder)
-
-
-@cli.command("import")
-@click.argument("gguf", type=click.Path(path_type=Path))
-@click.option("--to", type=click.Path(path_type=Path), help="Folder to write [models/NAME].")
-@click.pass_obj
-def import_(home: Home, gguf: Path, to: Path | None) -> None:
-    """Import a llama-family GGUF file into an MLX model folder."""
-    from supervisor.modelref import run_tool
-
-    _ensure(home)
-    folder = to or home.models / gguf.stem.lower()
-    if not run_tool(["import", str(gguf), "--to", str(folder)], home):
-        sys.exit(CliExit.FAILED)
-    click.echo(folder)
-
-
-@cli.command()
-@click.argument("model")
-@click.pass_obj
-@_reports
-def unload(home: Home, model: str) -> None:
-    """Let MODEL's requests end, end its process, and keep it unloaded."""
-    _command(home, control.UnloadRequest(model))
-
-
-@cli.command("restart-worker")
-@click.argument("model")
-@click.option("--force", is_flag=True, help="Do not wait for running requests.")
-@click.pass_obj
-@_reports
-def restart_worker(home: Home, model: str, force: bool) -> None:
-    """Replace MODEL's process; returns when the new one is ready. No other model is touched."""
-    _command(home, control.RestartRequest(model, force))
 
 
 @cli.command()
@@ -213,7 +98,7 @@ def crashes(home: Home, crash: str | None, as_json: bool) -> None:
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the document lmx.doctor/1.")
 @click.pass_obj
-@_reports
+@reports
 def doctor(home: Home, as_json: bool) -> None:
     """Look for what would keep LMX from serving well. Exit 1 if something is broken."""
     from supervisor.cli_doctor import show
@@ -222,20 +107,11 @@ def doctor(home: Home, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("model")
 @click.pass_obj
-@_reports
-def reset(home: Home, model: str) -> None:
-    """Forget MODEL's failures; if it was set aside, start it again."""
-    _command(home, control.ResetRequest(model))
-
-
-@cli.command()
-@click.pass_obj
-@_reports
+@reports
 def resume(home: Home) -> None:
     """Leave safe mode and load what should be live."""
-    _command(home, control.ResumeRequest())
+    command(home, control.ResumeRequest())
 
 
 @cli.command()
@@ -245,13 +121,13 @@ def resume(home: Home) -> None:
 @click.option("--rounds", default=3, show_default=True, help="Rounds, in alternating order.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for report.md, report.json and plots.")
 @click.pass_obj
-@_reports
+@reports
 def bench(home: Home, model: str, streams: str, tokens: int, rounds: int, out: Path | None) -> None:
     """Measure MODEL on this machine: LMX beside the same engine in-process and mlx_lm.server.
 
     An LMX of its own, in a home of its own, so nothing that runs is touched; but memory and processor are shared.
     """
-    folder = _fetched(home, model).folder
+    folder = fetched(home, model).folder
     options = ["--model", str(folder), "--streams", streams, "--tokens", str(tokens), "--rounds", str(rounds)]
     options += ["--out", str(out)] if out else []
     # Another program, which may speak HTTP: nothing of it is loaded here.
@@ -260,11 +136,11 @@ def bench(home: Home, model: str, streams: str, tokens: int, rounds: int, out: P
 
 @cli.command()
 @click.pass_obj
-@_reports
+@reports
 def upgrade(home: Home) -> None:
     """Replace supervisor and gateway by the installed version in place; models and requests go on."""
     before = _status_of(home)["gateway"]["incarnation"]
-    _command(home, control.HandoverRequest())
+    command(home, control.HandoverRequest())
     pid = _wait_for_next(home, before)
     click.echo(f"supervisor and gateway replaced (pid {pid})")
 
@@ -300,7 +176,7 @@ def _wait_for_next(home: Home, old_gateway: int) -> int:
 
 @cli.command()
 @click.pass_obj
-@_reports
+@reports
 def stop(home: Home) -> None:
     """Let running requests end, end every process, and wait until the supervisor is gone."""
     client = Client(home)
@@ -309,43 +185,6 @@ def stop(home: Home) -> None:
             break
     client.wait_closed(within_s=_STOP_S)
     click.echo("stopped")
-
-
-def _command(home: Home, request: Message) -> None:
-    from supervisor.progress import show_progress
-
-    client = Client(home)
-    with show_progress() as progress:
-        for message in client.ask(request, within_s=_COMMAND_S):
-            if isinstance(message, control.Progress):
-                progress(message)
-            if isinstance(message, control.Result):
-                break
-    if not isinstance(message, control.Result) or message.exit_code != CliExit.OK:
-        words = message.message if isinstance(message, control.Result) else "no answer"
-        code = message.exit_code if isinstance(message, control.Result) else CliExit.FAILED
-        _fail(words, CliExit(code))
-    click.echo(message.message)
-
-
-def _fetched(home: Home, model: str) -> Any:
-    from supervisor.modelref import UnknownModelError, fetch, resolve
-
-    _ensure(home)
-    try:
-        ref = resolve(model, home)
-    except UnknownModelError as error:
-        _fail(str(error))
-    if not fetch(ref, home):
-        sys.exit(CliExit.FAILED)  # the tool has said why
-    return ref
-
-
-def _ensure(home: Home) -> None:
-    try:
-        home.ensure()
-    except UnsafeHomeError as error:
-        _fail(str(error), CliExit.BAD_CONFIG)
 
 
 def _show(document: dict[str, Any], *, as_json: bool) -> None:

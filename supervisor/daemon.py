@@ -5,7 +5,6 @@ import contextlib
 import functools
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -26,17 +25,17 @@ from supervisor import events as ev
 from supervisor.admission import Admission
 from supervisor.children import trim_outputs
 from supervisor.commands import Commands, add_model
+from supervisor.front import Front
 from supervisor.host import GATEWAY, Host
 from supervisor.intent import Intent
 from supervisor.journal import Journal
-from supervisor.launch import SPARE
-from supervisor.listener import PortTakenError, listen, serves, url_of
 from supervisor.managed import Managed
 from supervisor.ondemand import OnDemand
 from supervisor.peers import Peers
 from supervisor.platform import current_platform
 from supervisor.platform.reports import panics_since
 from supervisor.prediction import History
+from supervisor.record import Record
 from supervisor.restarts import gateway_policy
 from supervisor.server import Connection, ControlServer
 from supervisor.store import ChildRecord, Desired, DesiredModel, Runtime, Store
@@ -46,7 +45,6 @@ from supervisor.warden import Warden
 from supervisor.watching import Changes
 
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
-_PORT_RETRY_S: Final = 1.0
 #: State that the disk did not take, and news that could not be told, are tried again after this long.
 _SAVE_RETRY_S: Final = 3.0
 _TELL_RETRY_S: Final = 0.5
@@ -97,21 +95,17 @@ class Daemon:
             closed=lambda: self._intent.safe_mode,
             changed=self._changed,
         )
-        self._peers = Peers(self._host, self._catalog, self._handed_back, self._on_demand.wanted)
+        self._front = Front(self._host, config)
+        self._peers = Peers(self._host, self._catalog, self._front.handed_back, self._on_demand.wanted)
         self._server = ControlServer(home.control_socket, self._platform, self._greet)
         self._surroundings = Surroundings(config, self._journal, self._host.guard, self._changed)
-        self._listener: socket.socket | None = None
         self._before = Runtime()
         self._started_at = time.time()
-        self._recorded: tuple[ChildRecord, ...] = ()
-        self._recorded_states: tuple[tuple[str, ModelState], ...] = ()
+        self._record = Record(self._host, self._store, self._intent, self._started_at, self._status)
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
         self._stop_reason = ""
-        self._load_mark = ""
-        #: What was live when the order to stop came.
-        self._loaded_at_stop: tuple[str, ...] = ()
-        self._host.before_load = self._mark_load
+        self._host.before_load = self._record.mark_load
         #: Set when this image of the program should be replaced by the next one, children and all left running.
         self.handing_over = False
         self._catalog_version = 0
@@ -140,14 +134,14 @@ class Daemon:
         ]
         try:
             await self._restore(expected)
-            tasks.append(loop.create_task(self._listen()))
+            tasks.append(loop.create_task(self._front.open(handed_over=self._before.handover)))
             tasks.append(loop.create_task(self._roll()))
             await self._stopping.wait()
             if self.handing_over:
                 # Nothing is started or written any more, whatever ends now: the next image finds it out.
                 self._host.holding = True
                 signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-                self._save(clean=True)
+                self._record.save(clean=True, reason=self._stop_reason, handover=True)
             else:
                 await self._shut_down()
         finally:
@@ -159,8 +153,7 @@ class Daemon:
             self._on_demand.close()
             self._admission.close()
             self._host.close()
-            if self._listener is not None:
-                self._listener.close()
+            self._front.close()
 
     # -- start ----------------------------------------------------------------------------------------------------
 
@@ -190,8 +183,7 @@ class Daemon:
         if self._host.launcher.preload is not None:
             event("blas_preload", library=self._host.launcher.preload.library)
         self._history.load()
-        self._recorded = expected
-        self._save()
+        self._record.begin(expected)
         return expected
 
     async def _restore(self, expected: tuple[ChildRecord, ...]) -> None:
@@ -208,9 +200,8 @@ class Daemon:
         unrecorded = adoption.unrecorded(self._before, self._home, self._platform)
         await adoption.adopt(host, self._changes, expected, unrecorded)
         adoption.sweep(host)
-        self._recorded = ()
         host.release()
-        self._save()
+        self._record.save()
 
     def _bring_back(self, model: DesiredModel) -> None:
         managed = add_model(self._host, model.id, model.path, model.added_at)
@@ -221,41 +212,6 @@ class Daemon:
     def _panic_since(self, since: float) -> str:
         reports = panics_since(since, self._host.crashes.folders)
         return (reports[0].words or "kernel panic") if reports else ""
-
-    def _handed_back(self, descriptor: int) -> None:
-        """A gateway of an earlier supervisor returns the listening socket."""
-        sock = socket.socket(fileno=descriptor)
-        if self._listener is None and serves(sock, self._config.gateway):
-            self._use(sock)
-        else:
-            sock.close()
-
-    def _use(self, sock: socket.socket) -> None:
-        self._listener = sock
-        self._host.listen_fd = sock.fileno()
-
-    async def _listen(self) -> None:
-        """Open the listening socket, again and again while somebody else holds the port."""
-        told = ""
-        gateway = self._host.slots[GATEWAY]
-        if self._listener is None and gateway.child is not None:
-            # It listens where the configuration no longer says; the next one gets the right socket.
-            self._host.feed(gateway, ev.Restart())
-        while self._listener is None:
-            try:
-                self._use(listen(self._config.gateway))
-            except PortTakenError as error:
-                if told != str(error):
-                    told = str(error)
-                    event("port_taken", level="CRITICAL", reason=told, hint="trying again every second")
-                await asyncio.sleep(_PORT_RETRY_S)
-        event("listening", url=self._url(), profile=self._config.security.profile)
-        current = gateway.child is None or self._host.launcher.is_current(GATEWAY, gateway.slot.incarnation)
-        if gateway.child is not None and (self._before.handover or gateway.foreign or not current):
-            if not current:
-                self._journal.write("gateway_outdated", pid=gateway.slot.pid)
-            self._host.replace_gateway()
-        self._host.wake()
 
     async def _roll(self) -> None:
         """Replace workers of another protocol version, one after the other.
@@ -328,24 +284,13 @@ class Daemon:
             for managed in self._host.slots.values():
                 if not managed.model:
                     managed.tell(self._catalog())
-        children = self._children()
-        if self._load_mark and not any(m.slot.coming_up for m in self._host.models()):
-            self._load_mark = ""
-            self._recorded = ()
-        states = tuple((m.model, m.slot.state) for m in self._host.models())
-        if (children, states) != (self._recorded, self._recorded_states) and not self._host.holding:
-            self._recorded_states = states
-            self._save()
+        self._record.follow()
         self._tell_first(gateway is not None and gateway.slot.state is ModelState.READY)
-
-    def _url(self) -> str:
-        assert self._listener is not None
-        return url_of(self._listener, tls=bool(self._config.security.tls_certificate))
 
     def _tell_first(self, serving: bool) -> None:
         ready = [m.model for m in self._host.models() if m.slot.state is ModelState.READY]
-        if serving and ready and self._announce is not None and self._listener is not None:
-            self._announce(self._url(), ready[0])
+        if serving and ready and self._announce is not None and self._front.url:
+            self._announce(self._front.url, ready[0])
             self._announce = None
 
     def _refresh_catalog(self) -> bool:
@@ -375,7 +320,7 @@ class Daemon:
     def _status(self) -> dict[str, Any]:
         document = views.status_document(
             self._host.slots.values(),
-            url=self._url() if self._listener is not None else "",
+            url=self._front.url,
             started_at=self._started_at,
             problem=self._store.problem,
             safe_mode=self._intent.safe_mode,
@@ -405,11 +350,6 @@ class Daemon:
             self._bring_back(model)
         return f"restoring {len(missing)} models" if was else "not in safe mode; nothing to do"
 
-    def _mark_load(self, model: str) -> None:
-        """Write down that a load begins, before it does: a kernel panic leaves no other trace of the model."""
-        self._load_mark = model
-        self._save()
-
     def _reload(self) -> None:
         with contextlib.suppress(BadConfigError, UnsafeHomeError):
             self._take_over_config()
@@ -428,43 +368,6 @@ class Daemon:
         self._stop_reason = "handover"
         self.handing_over = True
         asyncio.get_running_loop().call_later(_LAST_WORDS_S, self._stopping.set)
-
-    def _children(self) -> tuple[ChildRecord, ...]:
-        children = [
-            ChildRecord(m.name, m.model, m.slot.incarnation, m.child.pid, m.child.started)
-            for m in self._host.slots.values()
-            if m.child is not None
-        ]
-        spare = self._host.spare
-        if spare is not None and spare.child is not None:
-            children.append(ChildRecord(SPARE, "", spare.incarnation, spare.child.pid, spare.child.started))
-        return tuple(children)
-
-    def _loaded(self) -> tuple[str, ...]:
-        return self._loaded_at_stop or tuple(m.model for m in self._host.models() if m.slot.wanted)
-
-    def _save(self, *, clean: bool = False) -> None:
-        if not self._host.holding or clean:
-            self._recorded = self._children()
-        self._store.save_runtime(
-            Runtime(
-                pid=os.getpid(),
-                boot_id=self._platform.boot_id(),
-                started_at=self._started_at,
-                starts=self._intent.starts,
-                incarnation=self._host.incarnation,
-                children=self._recorded,
-                loaded_models=self._loaded(),
-                last_clean_shutdown=clean,
-                shutdown_reason=self._stop_reason if clean else "",
-                load_mark=self._load_mark,
-                handover=clean and self.handing_over,
-                saved_at=time.time(),
-                snapshot=self._status(),
-            )
-        )
-        if self._store.durable:
-            event("runtime_state_saved", level="DEBUG")
 
     # -- stop -----------------------------------------------------------------------------------------------------
 
@@ -486,7 +389,7 @@ class Daemon:
     async def _shut_down(self) -> None:
         """Let running requests end, then end the gateway, then the workers. Deadlines are the lifecycle's."""
         host = self._host
-        self._loaded_at_stop = self._loaded()
+        self._record.freeze_loaded()
         host.holding = host.ending = True
         # Also those that were replaced and have requests left.
         gateways = [managed for managed in host.slots.values() if not managed.model]
@@ -508,10 +411,10 @@ class Daemon:
             await self._changes.wait_for(lambda: spare.child is None)
         # Not for a state: what somebody wants again meanwhile is not started, and would be waited for in vain.
         await self._changes.wait_for(lambda: not any(managed.child is not None for managed in host.models()))
-        self._save(clean=True)
+        self._record.save(clean=True, reason=self._stop_reason)
         with contextlib.suppress(OSError):
             Path(self._home.control_socket).unlink()
-        self._journal.write("supervisor_stopped", reason=self._stop_reason, models=len(self._loaded_at_stop))
+        self._journal.write("supervisor_stopped", reason=self._stop_reason, models=len(self._record.loaded))
 
 
 def _is_replaced(managed: Managed) -> bool:

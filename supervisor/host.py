@@ -1,13 +1,11 @@
 """Owns every slot: feeds events into the pure lifecycle and carries its actions out on real processes."""
 
-import asyncio
 import contextlib
-import math
 import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +14,6 @@ import msgspec
 from protocol import control
 from protocol.config import Config
 from protocol.paths import Home
-from protocol.standstill import Standstill
 from protocol.states import ModelState, Phase
 from supervisor import events as ev
 from supervisor import lifecycle as life
@@ -24,6 +21,7 @@ from supervisor import reclaim
 from supervisor.blackbox import BlackBox
 from supervisor.breaker import Breaker, after_failure, after_start, start_allowed_at
 from supervisor.children import Child, start_failure
+from supervisor.clock import Clock
 from supervisor.crash_reports import CrashReports
 from supervisor.crashes import crash_id
 from supervisor.exits import ExitRecord, record
@@ -37,11 +35,9 @@ from supervisor.recovery import Recovery
 from supervisor.restarts import RestartPolicy
 from supervisor.slot import Settings, Slot
 from supervisor.spare import Spare
+from supervisor.transitions import write_down
 
 GATEWAY: Final = "gateway"
-_MAX_SLEEP_S: Final = 1.0
-#: A start that waits for memory looks again this often.
-_LOOK_S: Final = 0.2
 
 
 class Host:
@@ -66,9 +62,9 @@ class Host:
         self.guard = Guard()
         self.meter = Meter(platform, self.guard)
         self._changed = changed
-        self._timer: asyncio.TimerHandle | None = None
-        self._standstill = Standstill(config.lifecycle.slept_s, now=math.inf)  # from the first timer on
-        self._pumping = False
+        self._clock = Clock(
+            self.slots, journal, self.guard, config.lifecycle.slept_s, feed=self.feed, start_due=self._start_due
+        )
         self._random = random.Random()  # noqa: S311 - spreads delays
         self.launcher = Launcher(home, config, platform)
         self.breaker = Breaker()
@@ -120,12 +116,12 @@ class Host:
         """Let something happen to a slot, and do what follows from it."""
         before = managed.slot
         managed.slot, actions = life.advance(before, event, time.monotonic(), managed.settings)
-        self._write_down(managed, before)
+        write_down(self.journal, self.recovery, managed, before)
         for action in actions:
             self._act(managed, action)
         if managed.slot != before:
             self._changed()
-        self._pump_soon()
+        self._clock.wake_soon()
 
     def _act(self, managed: Managed, action: ev.Action) -> None:
         slot = managed.slot
@@ -150,35 +146,6 @@ class Host:
     def _signal(self, managed: Managed, number: signal.Signals) -> None:
         if managed.child is not None:
             managed.child.signal(number)
-
-    def _write_down(self, managed: Managed, before: Slot) -> None:
-        slot = managed.slot
-        if slot.late and not before.late:
-            self.journal.write("heartbeat_late", level="WARNING", model=managed.model, slot=managed.name, pid=slot.pid)
-        if slot.state is before.state:
-            return
-        trouble = slot.state in {ModelState.BACKOFF, ModelState.QUARANTINED}
-        self.journal.write(
-            "model_readiness_changed" if managed.model else "gateway_state_changed",
-            level="WARNING" if trouble else "INFO",
-            model=managed.model,
-            state=slot.state.value,
-            was=before.state.value,
-            pid=slot.pid or before.pid,
-            incarnation=slot.incarnation,
-            reason=slot.reason,
-        )
-        if not managed.model:
-            return
-        end = slot.last_exit
-        if (
-            slot.state is ModelState.QUARANTINED
-            and end is not None
-            and end is not before.last_exit
-            and not end.permanent
-        ):
-            self.journal.write("crash_loop_detected", level="ERROR", model=managed.model, reason=slot.reason)
-        self.recovery.on_state(managed.model, slot.state, slot.reason)
 
     # -- processes ------------------------------------------------------------------------------------------------
 
@@ -321,24 +288,11 @@ class Host:
     def _luck(self) -> float:
         return self._random.uniform(-1, 1)
 
-    # -- time -----------------------------------------------------------------------------------------------------
-
-    def _pump_soon(self) -> None:
-        if not self._pumping:
-            self._pumping = True
-            asyncio.get_running_loop().call_soon(self._pump)
-
-    def _pump(self) -> None:
-        """Start what is due and arrange to be woken at the next deadline."""
-        self._pumping = False
-        self._forgive_standstill()
-        now = time.monotonic()
-        with self.guard("pump"):
-            if not self.holding:
-                self._start_due(now)
-        self._arm(self.slots.values(), now)
+    # -- what is started, and when ---------------------------------------------------------------------------------
 
     def _start_due(self, now: float) -> None:
+        if self.holding:
+            return
         gateway = self.slots.get(GATEWAY)
         if self.listen_fd >= 0 and gateway is not None and gateway.slot.waiting and gateway.slot.retry_at <= now:
             self.start(gateway)
@@ -397,46 +351,12 @@ class Host:
 
     def wake(self) -> None:
         """Look again at what is due."""
-        self._pump_soon()
-
-    def _arm(self, slots: Iterable[Managed], now: float) -> None:
-        due = now + _MAX_SLEEP_S
-        with self.guard("timer"):
-            for managed in slots:
-                when = life.next_deadline(managed.slot, managed.settings)
-                # A waiting slot that is due already waits only for the loading place; the end of that load wakes us.
-                if when is not None and (when > now or not managed.slot.waiting):
-                    due = min(due, max(when, now))
-                elif when is not None and (managed.owed is not None or managed.blocked):
-                    due = min(due, now + _LOOK_S)
-        if self._timer is not None:
-            self._timer.cancel()
-        self._standstill.rest_until(due)
-        self._timer = asyncio.get_running_loop().call_later(max(0.0, due - now), self._tick)
-
-    def _tick(self) -> None:
-        if not self._forgive_standstill():
-            self._feed_all(ev.Tick(0.0))
-        self._pump_soon()
-
-    def _forgive_standstill(self) -> bool:
-        """Begin every deadline anew if this machine stood still. Return whether it did."""
-        stood_s = self._standstill.look(time.monotonic())
-        if stood_s:
-            self.journal.write("slept", level="WARNING", seconds=round(stood_s, 1))
-            self._feed_all(ev.Tick(stood_s))
-        return stood_s > 0
-
-    def _feed_all(self, happened: ev.Event) -> None:
-        for managed in list(self.slots.values()):
-            with self.guard("tick"):
-                self.feed(managed, happened)
+        self._clock.wake_soon()
 
     def close(self) -> None:
         """Stop the clock; living processes are left alone."""
         self.crashes.close()
-        if self._timer is not None:
-            self._timer.cancel()
+        self._clock.close()
         for managed in self.slots.values():
             if managed.child is not None:
                 managed.child.forget()

@@ -141,7 +141,7 @@ MUTATIONS = (
     ),
     Mutation(
         "no mark is written before a load",
-        "supervisor/daemon.py",
+        "supervisor/record.py",
         "        self._load_mark = model\n",
         "",
         "test_rows_supervisor.py::test_row_57_machine_goes_down_while_a_model_loads",
