@@ -83,7 +83,7 @@ def test_a_load_that_comes_while_everything_stops_is_refused_and_delays_nothing(
     lmx.wait_event("model_readiness_changed", model="stubborn", state="stopping")
     result = order(lmx, control.LoadRequest("late", str(tiny_model)))
     assert (result.exit_code, result.code) == (1, "shutting_down"), result
-    assert lmx.process.wait(30) == 0
+    assert lmx.process.wait(60) == 0
     assert lmx.processes() == []
     assert "late" not in (lmx.home / "state" / "desired").read_text()
 
@@ -99,5 +99,5 @@ def test_a_restart_of_what_is_unloaded_meanwhile_says_so(lmx: Lmx, tiny_model: P
     restarting.start()
     lmx.wait_event("model_readiness_changed", model="stubborn", state="stopping")
     assert order(lmx, control.UnloadRequest("stubborn")).exit_code == 0
-    restarting.join(10)
+    restarting.join(60)
     assert [(result.exit_code, result.message) for result in results] == [(1, "stubborn was unloaded meanwhile")]
