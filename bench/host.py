@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,19 +28,44 @@ class HostFailedError(Exception):
     """LMX did not do what it was asked; the text has what it said."""
 
 
+def environment_of(home: Path, settings: Mapping[str, str], *, without: tuple[str, ...] = ("LMX_",)) -> dict[str, str]:
+    """Return the environment of an LMX on a home of its own: a port that is free, nothing loaded by itself.
+
+    Of ours all but what begins as in `without` is passed on; `settings` have the last word.
+    """
+    return {
+        **{key: value for key, value in os.environ.items() if not key.startswith(without)},
+        "LMX_HOME": str(home),
+        "LMX_GATEWAY__PORT": "0",
+        "LMX_MODELS__AUTO_LOAD": "[]",
+        **settings,
+    }
+
+
+def status_of(home: Path) -> Document:
+    """Return the status document. Raises `HostFailedError` while no supervisor answers."""
+    try:
+        client = Client(Home(home))
+        with contextlib.closing(client):
+            document: Document = json.loads(client.status())
+    except (UnreachableError, WaitedTooLongError) as error:
+        raise HostFailedError(str(error)) from None
+    return document
+
+
+def journal_of(home: Path) -> list[Document]:
+    """Return all lifecycle events."""
+    file = home / "state" / "events.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
 class Host:
     """A supervisor with its gateway and workers. `settings` are `LMX_SECTION__KEY` variables."""
 
     def __init__(self, **settings: str) -> None:
         self._home = Path(tempfile.mkdtemp(prefix="lmx-bench-", dir="/tmp"))
-        self._environ = {
-            **{key: value for key, value in os.environ.items() if not key.startswith(_NOT_PASSED_ON)},
-            "LMX_HOME": str(self._home),
-            "LMX_GATEWAY__PORT": "0",
-            "LMX_MODELS__AUTO_LOAD": "[]",
-            "LMX_LIFECYCLE__STOP_MIN_S": "3",
-            **settings,
-        }
+        settings = {"LMX_LIFECYCLE__STOP_MIN_S": "3", **settings}
+        self._environ = environment_of(self._home, settings, without=_NOT_PASSED_ON)
         self._output = self._home / "terminal.txt"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -89,13 +114,7 @@ class Host:
 
     def status(self) -> Document:
         """Return the status document. Raises `HostFailedError` while no supervisor answers."""
-        try:
-            client = Client(Home(self._home))
-            with contextlib.closing(client):
-                document: Document = json.loads(client.status())
-        except (UnreachableError, WaitedTooLongError) as error:
-            raise HostFailedError(str(error)) from None
-        return document
+        return status_of(self._home)
 
     def wait(self, condition: Callable[[Document], bool]) -> Document:
         """Return the first status document that meets the condition."""
@@ -122,8 +141,7 @@ class Host:
 
     def journal(self) -> list[Document]:
         """Return all lifecycle events."""
-        file = self._home / "state" / "events.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return journal_of(self._home)
 
     def close(self) -> None:
         """End everything and remove the home."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -15,6 +14,8 @@ from typing import Any
 
 import httpx
 import psutil
+
+from bench.host import HostFailedError, environment_of, journal_of, status_of
 
 WAIT_S = 60.0
 POLL_S = 0.02
@@ -32,15 +33,7 @@ class Lmx:
 
     def __init__(self, **settings: str) -> None:
         self.home = Path(tempfile.mkdtemp(prefix="lmx-", dir="/tmp"))
-        self.environ = {
-            **{key: value for key, value in os.environ.items() if not key.startswith("LMX_")},
-            "LMX_HOME": str(self.home),
-            "LMX_GATEWAY__PORT": "0",
-            "LMX_MODELS__AUTO_LOAD": "[]",
-            "LMX_WORKER__BLAS_THREADS": "1",
-            **FAST,
-            **settings,
-        }
+        self.environ = environment_of(self.home, {"LMX_WORKER__BLAS_THREADS": "1", **FAST, **settings})
         self.process: subprocess.Popen[bytes] | None = None
         self.output = self.home / "terminal.txt"
 
@@ -120,20 +113,10 @@ class Lmx:
 
     def status(self) -> dict[str, Any] | None:
         """Return the status document, None while no supervisor answers."""
-        from protocol.paths import Home
-        from supervisor.client import Client, UnreachableError, WaitedTooLongError
-
         try:
-            client = Client(Home(self.home))
-        except UnreachableError:
+            return status_of(self.home)
+        except HostFailedError:
             return None
-        try:
-            document: dict[str, Any] = json.loads(client.status())
-        except (UnreachableError, WaitedTooLongError):
-            return None
-        finally:
-            client.close()
-        return document
 
     def wait_status(self, condition: Callable[[dict[str, Any]], bool], within_s: float = WAIT_S) -> dict[str, Any]:
         """Return the first status document that meets the condition."""
@@ -175,8 +158,7 @@ class Lmx:
 
     def journal(self) -> list[dict[str, Any]]:
         """Return all lifecycle events."""
-        file = self.home / "state" / "events.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return journal_of(self.home)
 
     def wait_event(self, name: str, within_s: float = WAIT_S, **fields: object) -> dict[str, Any]:
         """Return the first lifecycle event of that name with those fields."""
