@@ -23,7 +23,10 @@ class ClientGoneError(Exception):
 
 
 class Connection(Protocol):
-    """The two things ASGI cannot ask of a connection."""
+    """What ASGI cannot ask of a connection."""
+
+    def take_up(self) -> int:
+        """Note that somebody works on its request; return how many others have arrived and wait for that."""
 
     def close_after_response(self) -> None:
         """Do not keep the connection alive after the response that is running."""
@@ -78,6 +81,10 @@ class RequestContext:
     def client(self) -> str | None:
         """Whom limits count: a key or an address; None if nobody knows yet."""
         return self.access.client if self.access is not None else self.address or None
+
+    def take_up(self) -> int:
+        """Note that somebody works on it; return how many others are there and wait for that, 0 if nobody knows."""
+        return 0 if self.connection is None else self.connection.take_up()
 
     def close_after_response(self) -> None:
         """Do not keep the connection alive, if the server can tell it so."""
