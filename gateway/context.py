@@ -1,5 +1,6 @@
 """What every layer of the application knows about the HTTP request it works on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Protocol, cast
 
@@ -9,6 +10,8 @@ from gateway.auth import Access
 
 #: Key of the ASGI extension through which `gateway.server` offers its connection.
 CONNECTION_EXTENSION: Final = "lmx.connection"
+#: Key of the one through which it offers to write a piece of a chunked body at once.
+WRITE_EXTENSION: Final = "lmx.write"
 _CONTEXT: Final = "lmx.context"
 _ADMIN: Final = ("/admin", "/ws")
 
@@ -110,6 +113,14 @@ def context_of(scope: Scope) -> RequestContext:
 def connection_of(scope: Scope) -> Connection | None:
     """Return the server's connection, None under a server that offers none."""
     return cast(Connection | None, scope.get("extensions", {}).get(CONNECTION_EXTENSION))
+
+
+def writer_of(scope: Scope) -> Callable[[bytes], bool] | None:
+    """Return what writes into the response that has begun, past everything around the endpoint.
+
+    It returns False, having written nothing, where ASGI's `send` is the way: when the client takes nothing now.
+    """
+    return cast(Callable[[bytes], bool] | None, scope.get("extensions", {}).get(WRITE_EXTENSION))
 
 
 def header(scope: Scope, name: bytes) -> bytes:

@@ -12,7 +12,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from gateway.context import CONNECTION_EXTENSION
+from gateway.context import CONNECTION_EXTENSION, WRITE_EXTENSION
 from gateway.errors import error_body
 from gateway.ids import new_request_id
 from protocol.config import SecurityConfig
@@ -113,7 +113,10 @@ class HttpProtocol(HttpToolsProtocol):
         """End a request's head."""
         self._stop_head_timer()
         self._undigested_bytes = 0
+        scope: Any = self.scope
         super().on_headers_complete()
+        # Of this request, also while another one on the same connection waits behind it.
+        scope["extensions"][WRITE_EXTENSION] = functools.partial(_write_chunk, self.cycle)
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of a body."""
@@ -195,6 +198,14 @@ class HttpProtocol(HttpToolsProtocol):
         )
         self.transport.write(STATUS_LINE[error.spec.status] + lines.encode("ascii") + body)
         self.transport.close()
+
+
+def _write_chunk(cycle: RequestResponseCycle, data: bytes) -> bool:
+    """Do what `cycle.send` does with a piece of a body, if it would not wait; return whether it is done."""
+    if not cycle.chunked_encoding or cycle.flow.write_paused or cycle.disconnected or cycle.response_complete:
+        return False
+    cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+    return True
 
 
 class Server(uvicorn.Server):
