@@ -22,6 +22,8 @@ RECENT: Final = 100
 _BEHIND: Final = 1_000
 _LISTENERS: Final = 32
 _RELEASE_S: Final = 60.0
+#: What a database does not tell in that time, listeners are not told.
+_READING_S: Final = 5.0
 
 
 class Listener:
@@ -88,8 +90,14 @@ class Audit:
         except AuditUnreadableError:
             return  # there is none yet, or the store will say what is wrong with it
         known = list(self._recent)
+        noted = {(row.request_id, row.timestamp) for row in known}  # since the start, and perhaps written already
         self._recent.clear()
-        self._recent.extend([*rows, *known])
+        self._recent.extend([*(row for row in rows if (row.request_id, row.timestamp) not in noted), *known])
+
+    async def remembered(self) -> None:
+        """Wait until the last rows of earlier gateways are read, but not for long: who listens is told of them."""
+        if self._reading is not None:
+            await asyncio.wait({self._reading}, timeout=_READING_S)
 
     def counts(self) -> AuditCounts:
         """Return how the writing goes."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -75,7 +75,7 @@ class AuditStream:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer until the client or this gateway goes, or the client does not keep up."""
         parameters(scope)
-        with _listening(self._audit) as listener:
+        async with _listening(self._audit) as listener:
             await send(response_start())
             context_of(scope).close_after_response()
             try:
@@ -107,7 +107,7 @@ class AuditSocket:
             await socket.close(_POLICY)
             return
         try:
-            with _listening(self._audit) as listener:
+            async with _listening(self._audit) as listener:
                 # A browser that offers protocols wants one of them named.
                 await socket.accept(_PROTOCOL if _PROTOCOL in scope.get("subprotocols", ()) else None)
                 code = await self._serve(socket, listener)
@@ -140,8 +140,9 @@ class AuditSocket:
         return _TRY_LATER if listener.dropped else _GOING_AWAY
 
 
-@contextlib.contextmanager
-def _listening(audit: Audit) -> Iterator[Listener]:
+@contextlib.asynccontextmanager
+async def _listening(audit: Audit) -> AsyncIterator[Listener]:
+    await audit.remembered()
     listener = audit.listen()
     try:
         yield listener

@@ -417,9 +417,18 @@ async def test_a_new_gateway_tells_what_earlier_ones_wrote(path: Path) -> None:
     fill(path, [row(number) for number in range(150)])
     audit = Audit(AuditStore(path, AuditConfig(), clock=lambda: NOW))
     audit.start()
-    assert audit._reading is not None
-    await audit._reading
-    one_more(audit, 900)
+    one_more(audit, 900)  # noted before, and perhaps written before, the earlier ones are read
+    await audit.remembered()
     rows = await told_of(audit.listen())
     assert (len(rows), rows[0], rows[-1]) == (RECENT, "r51", "r900")
+    audit.close(5)
+
+
+async def test_what_was_written_while_the_last_rows_were_read_is_told_once(path: Path) -> None:
+    fill(path, [row(number) for number in range(3)])
+    audit = Audit(AuditStore(path, AuditConfig(), clock=lambda: NOW))
+    audit._recent.append(row(2))
+    audit.start()
+    await audit.remembered()
+    assert await told_of(audit.listen()) == ["r0", "r1", "r2"]
     audit.close(5)
