@@ -21,10 +21,11 @@ from protocol.states import ModelState, Phase
 from supervisor import events as ev
 from supervisor import lifecycle as life
 from supervisor import reclaim
+from supervisor.blackbox import BlackBox
 from supervisor.breaker import Breaker, after_failure, after_start, start_allowed_at
 from supervisor.children import Child, start_failure
 from supervisor.crash_reports import CrashReports
-from supervisor.crashes import BlackBox, crash_id
+from supervisor.crashes import crash_id
 from supervisor.exits import ExitRecord, record
 from supervisor.footprint import Meter
 from supervisor.guard import Guard
