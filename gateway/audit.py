@@ -22,6 +22,8 @@ RECENT: Final = 100
 _BEHIND: Final = 1_000
 _LISTENERS: Final = 32
 _RELEASE_S: Final = 60.0
+#: A file that somebody has locked is waited for less long than that.
+_REMEMBER_S: Final = 10.0
 
 
 class Listener:
@@ -98,8 +100,11 @@ class Audit:
             return AuditCounts()
         return AuditCounts(store.written, store.dropped, store.waiting, store.problem)
 
-    def listen(self) -> Listener:
+    async def listen(self) -> Listener:
         """Return somebody new who listens, and is told of the last rows first; raise `server_busy` if too many do."""
+        if self._reading is not None:
+            # Who listened before the last rows of earlier gateways are known would never be told them.
+            await asyncio.wait({self._reading}, timeout=_REMEMBER_S)
         if len(self._listeners) >= _LISTENERS:
             raise LmxError("server_busy", f"{_LISTENERS} clients listen to the audit already, and more may not.")
         listener = Listener(self._recent)
