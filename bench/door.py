@@ -12,9 +12,9 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any, Final
 
 from bench.contenders import Lmx
@@ -127,16 +127,34 @@ def served(streams: int, rounds: int, tokens: int, requests: int) -> None:
         for one in found:
             one.close()
         shutil.rmtree(work, ignore_errors=True)
-    print(f"{streams} streams, {tokens} tokens an answer, {rounds} rounds in turns.\n")
-    print("| keys, limits, audit | tok/s | its ratio | CPU of a token, its ratio | gateway: CPU ms per 1,000 tokens |")
-    print("|---|---|---|---|---|")
+    print(f"{streams} streams, {tokens} tokens an answer, {requests} requests a stream, {rounds} rounds in turns.\n")
+    print(
+        "| keys, limits, audit | tok/s | its ratio | CPU of a token, its ratio | gateway: CPU ms/1,000 tokens | more |"
+    )
+    print("|---|---|---|---|---|---|")
+    gateway = cpu_ms("gateway")
     for name, rows in results.items():
-        rates, cpu = list(map(tokens_per_s, rows)), median(map(cpu_ms("gateway"), rows))
         pairs = list(zip(results["without"], rows, strict=True))
-        speed = median(tokens_per_s(b) / tokens_per_s(a) for a, b in pairs)
-        cost = median(_cpu(b) / _cpu(a) for a, b in pairs)
-        spread = f"{median(rates):.0f} ({min(rates):.0f} to {max(rates):.0f})"
-        print(f"| {name} | {spread} | {speed:.3f} | {cost:.3f} | {cpu:.1f} |")
+        speed = [tokens_per_s(b) / tokens_per_s(a) for a, b in pairs]
+        cost = [_cpu(b) / _cpu(a) for a, b in pairs]
+        more = [gateway(b) - gateway(a) for a, b in pairs]
+        cells = (
+            _spread(map(tokens_per_s, rows), 0),
+            _spread(speed, 3),
+            _spread(cost, 3),
+            _spread(map(gateway, rows), 1),
+        )
+        print(f"| {name} | {' | '.join(cells)} | {_spread(more, 1)} |")
+    whole = median(map(_cpu, results["without"]))
+    extra = median(gateway(b) - gateway(a) for a, b in zip(results["without"], results["with"], strict=True))
+    print(f"\nWorker and gateway take {whole:.0f} CPU ms per 1,000 tokens; {extra / whole:.1%} of it is the door.")
+
+
+def _spread(values: Iterable[float], digits: int) -> str:
+    """Return the median and the quartiles: half of the rounds lie between them."""
+    found = sorted(values)
+    low, _, high = quantiles(found, n=4) if len(found) > 1 else (found[0], found[0], found[0])
+    return f"{median(found):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def _cpu(measured: dict[str, Any]) -> float:
