@@ -198,6 +198,7 @@ class Door:
                 # Counted before it is refused: nobody guesses keys faster than this.
                 await self._limiter.admin(address, headers)
                 raise
+            context_of(scope).access = access  # also of one that is refused below
             if scope["method"] not in _LOOKING:
                 await self._limiter.admin(access.client, headers)
             return _Visit(access, self._limiter.budget(access), address)
@@ -212,6 +213,7 @@ class Door:
             stranger = Access(address)
             await self._limiter.inference(address, self._limiter.budget(stranger), headers)
             raise
+        context_of(scope).access = access
         visit = _Visit(access, self._limiter.budget(access), address)
         if scope["path"].startswith(_MODEL):
             access.check_model(scope["path"].removeprefix(_MODEL))
