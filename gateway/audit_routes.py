@@ -11,7 +11,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from gateway.admin_call import number, parameters, send_document, while_connected
+from gateway.admin_call import count, number, parameters, send_document, while_connected
 from gateway.audit import Audit, Listener, told
 from gateway.context import context_of, header
 from gateway.decode import bad
@@ -47,10 +47,10 @@ class AuditPage:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer."""
         values = parameters(scope, "limit", "before", *_FILTERS)
-        limit = int(number(values, "limit", _PAGE, MAX_PAGE))
+        limit = count(values, "limit", _PAGE, MAX_PAGE)
         if not limit:
             raise bad("limit", "must be at least 1")
-        before = int(number(values, "before", 0, 2**53)) or None
+        before = count(values, "before", 0, 2**53) or None
         wanted = _filter(values)
         store = self._audit.store
         if store is None:
@@ -142,8 +142,7 @@ class AuditSocket:
 
 @contextlib.asynccontextmanager
 async def _listening(audit: Audit) -> AsyncIterator[Listener]:
-    await audit.remembered()
-    listener = audit.listen()
+    listener = await audit.listen()
     try:
         yield listener
     finally:
