@@ -127,7 +127,9 @@ class HttpProtocol(HttpToolsProtocol):
         """End a request."""
         self._undigested_bytes = 0
         super().on_message_complete()
-        if not self._arrived:
+        # An upgrade has no cycle, and what was refused before its end is nobody's work any more.
+        cycle: RequestResponseCycle | None = self.cycle
+        if not self._arrived and cycle is not None and not cycle.response_complete:
             self._arrived = True
             self._arrivals.count += 1
 
