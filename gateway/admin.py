@@ -5,6 +5,7 @@ from typing import Final
 
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 
+from gateway.admin_benchmark import Benchmark
 from gateway.admin_events import Events
 from gateway.admin_health import AdminHealth
 from gateway.admin_models import Fit, Load, ModelOrder, ModelsStatus, Restart
@@ -12,6 +13,7 @@ from gateway.admin_system import Crash, Crashes, Reload, Resume, Status
 from gateway.audit import Audit
 from gateway.audit_routes import AuditPage, AuditSocket, AuditStream
 from gateway.body import BodyReader
+from gateway.calls import Calls
 from gateway.catalog import CatalogView
 from gateway.forward import Forwarder
 from gateway.logs_route import Logs
@@ -29,6 +31,7 @@ def admin_routes(
     traffic: Traffic,
     vitals: VitalsView,
     audit: Audit,
+    calls: Calls,
     logs: Path | None = None,
 ) -> list[BaseRoute]:
     """Return the routes. What is added here has its row in docs/admin.md."""
@@ -47,6 +50,7 @@ def admin_routes(
         Route("/admin/models/pin", ModelOrder(forwarder, bodies, _pin), methods=["POST"]),
         Route("/admin/models/unpin", ModelOrder(forwarder, bodies, _unpin), methods=["POST"]),
         Route("/admin/models/reset", ModelOrder(forwarder, bodies, ResetRequest), methods=["POST"]),
+        Route("/admin/benchmark", Benchmark(calls, bodies), methods=["POST"]),
         Route("/admin/config/reload", Reload(forwarder), methods=["POST"]),
         Route("/admin/resume", Resume(forwarder), methods=["POST"]),
         Route("/admin/health", AdminHealth(forwarder, catalog, vitals, traffic, audit), methods=["GET"]),

@@ -1,8 +1,9 @@
 """What the routes for administrators have in common: who asks, parameters, bodies, and giving up with the client."""
 
 import asyncio
+import re
 from collections.abc import Awaitable, Mapping
-from typing import TypeVar
+from typing import Final, TypeVar
 from urllib.parse import parse_qsl
 
 import msgspec
@@ -17,6 +18,7 @@ from protocol.control import CliHello
 from protocol.errors import LmxError
 
 T = TypeVar("T")
+_COUNT: Final = re.compile(r"[0-9]{1,16}")
 
 
 def hello_of(scope: Scope) -> CliHello:
@@ -55,6 +57,16 @@ def number(values: Mapping[str, str], name: str, default: float, most: float) ->
     if not 0 <= found <= most:  # also for what is not a number in a number's clothes
         raise bad(name, f"must be between 0 and {most:g}")
     return found
+
+
+def count(values: Mapping[str, str], name: str, default: int, most: int) -> int:
+    """Return a parameter that is a whole number between 0 and `most`."""
+    text = values.get(name)
+    if text is None:
+        return default
+    if not _COUNT.fullmatch(text) or int(text) > most:
+        raise bad(name, f"must be a whole number between 0 and {most}")
+    return int(text)
 
 
 async def read_body(

@@ -7,7 +7,7 @@ from typing import Final
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from gateway.admin_call import number, parameters, while_connected
+from gateway.admin_call import count, number, parameters, while_connected
 from gateway.context import context_of
 from gateway.forward import Forwarder
 from gateway.sse import KEEPALIVE, frame, response_start
@@ -39,7 +39,7 @@ class Events:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer until the client or this gateway goes."""
         values = parameters(scope, "last", "since")
-        last = int(number(values, "last", _LAST, _MAX_LAST))
+        last = count(values, "last", _LAST, _MAX_LAST)
         since = number(values, "since", 0.0, _FAR_AWAY)
         with self._forwarder.follower():
             await send(response_start())

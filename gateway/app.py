@@ -29,6 +29,7 @@ from gateway.middleware import ErrorBoundary, PathMiddleware, RequestIdMiddlewar
 from gateway.models import Model, Models
 from gateway.numbers import Numbers
 from gateway.openapi import OpenApi
+from gateway.panel import Panel
 from gateway.pool import WorkerPool
 from gateway.rerank import Rerank
 from gateway.tokenize import Detokenize, Tokenize
@@ -76,7 +77,8 @@ def build_app(spec: GatewaySpec, parts: Parts) -> ASGIApp:
         Route("/healthz", Healthz(), methods=["GET"]),
         Route("/readyz", Readyz(catalog, traffic, parts.vitals), methods=["GET"]),
         Route("/metrics", Metrics(parts.scene), methods=["GET"]),
-        *admin_routes(forwarder, catalog, traffic, parts.vitals, parts.audit, logs),
+        Route("/ui", Panel(), methods=["GET"]),
+        *admin_routes(forwarder, catalog, traffic, parts.vitals, parts.audit, calls, logs),
     ]
     paths = frozenset(path for route in routes if "{" not in (path := getattr(route, "path", "{")))
     app = Starlette(

@@ -22,6 +22,8 @@ RECENT: Final = 100
 _BEHIND: Final = 1_000
 _LISTENERS: Final = 32
 _RELEASE_S: Final = 60.0
+#: A file that somebody has locked is waited for less long than that.
+_REMEMBER_S: Final = 10.0
 
 
 class Listener:
@@ -88,8 +90,9 @@ class Audit:
         except AuditUnreadableError:
             return  # there is none yet, or the store will say what is wrong with it
         known = list(self._recent)
+        noted = {(row.request_id, row.timestamp) for row in known}  # since the start, and perhaps written already
         self._recent.clear()
-        self._recent.extend([*rows, *known])
+        self._recent.extend([*(row for row in rows if (row.request_id, row.timestamp) not in noted), *known])
 
     def counts(self) -> AuditCounts:
         """Return how the writing goes."""
@@ -98,8 +101,11 @@ class Audit:
             return AuditCounts()
         return AuditCounts(store.written, store.dropped, store.waiting, store.problem)
 
-    def listen(self) -> Listener:
+    async def listen(self) -> Listener:
         """Return somebody new who listens, and is told of the last rows first; raise `server_busy` if too many do."""
+        if self._reading is not None:
+            # Who listened before the last rows of earlier gateways are known would never be told them.
+            await asyncio.wait({self._reading}, timeout=_REMEMBER_S)
         if len(self._listeners) >= _LISTENERS:
             raise LmxError("server_busy", f"{_LISTENERS} clients listen to the audit already, and more may not.")
         listener = Listener(self._recent)

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -11,7 +11,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from gateway.admin_call import number, parameters, send_document, while_connected
+from gateway.admin_call import count, number, parameters, send_document, while_connected
 from gateway.audit import Audit, Listener, told
 from gateway.context import context_of, header
 from gateway.decode import bad
@@ -47,10 +47,10 @@ class AuditPage:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer."""
         values = parameters(scope, "limit", "before", *_FILTERS)
-        limit = int(number(values, "limit", _PAGE, MAX_PAGE))
+        limit = count(values, "limit", _PAGE, MAX_PAGE)
         if not limit:
             raise bad("limit", "must be at least 1")
-        before = int(number(values, "before", 0, 2**53)) or None
+        before = count(values, "before", 0, 2**53) or None
         wanted = _filter(values)
         store = self._audit.store
         if store is None:
@@ -75,7 +75,7 @@ class AuditStream:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer until the client or this gateway goes, or the client does not keep up."""
         parameters(scope)
-        with _listening(self._audit) as listener:
+        async with _listening(self._audit) as listener:
             await send(response_start())
             context_of(scope).close_after_response()
             try:
@@ -107,7 +107,7 @@ class AuditSocket:
             await socket.close(_POLICY)
             return
         try:
-            with _listening(self._audit) as listener:
+            async with _listening(self._audit) as listener:
                 # A browser that offers protocols wants one of them named.
                 await socket.accept(_PROTOCOL if _PROTOCOL in scope.get("subprotocols", ()) else None)
                 code = await self._serve(socket, listener)
@@ -140,9 +140,9 @@ class AuditSocket:
         return _TRY_LATER if listener.dropped else _GOING_AWAY
 
 
-@contextlib.contextmanager
-def _listening(audit: Audit) -> Iterator[Listener]:
-    listener = audit.listen()
+@contextlib.asynccontextmanager
+async def _listening(audit: Audit) -> AsyncIterator[Listener]:
+    listener = await audit.listen()
     try:
         yield listener
     finally:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 #: No key, no limit, any host: for probes.
 HEALTH: Final = frozenset({"/healthz", "/readyz"})
+#: A page without anything in it, which a browser cannot send a key for: it asks for all that it shows.
+_PANEL: Final = "/ui"
 #: What only looks: whoever may look must not use up what is needed to mend, and screens look every few seconds.
 _LOOKING: Final = frozenset({"GET", "HEAD"})
 _MODEL: Final = "/models/"
@@ -44,6 +46,7 @@ _CORS_HEADERS: Final = (
     *(f"x-ratelimit-{name}-{what}" for what in ("requests", "tokens") for name in ("limit", "remaining", "reset")),
 )
 _POLICY_VIOLATION: Final = 1008
+_NOTHING: Final = Budget(0, 0, 0)
 
 
 def front_door(spec: GatewaySpec) -> tuple[list[Middleware], Middleware]:
@@ -185,6 +188,8 @@ class Door:
         self._check_peer(scope)
         address = client_name(client_address(scope, self._rules.proxies))
         context_of(scope).address = address
+        if scope["path"] == _PANEL and scope["method"] in _LOOKING:
+            return _Visit(Access(address), _NOTHING, address)
         credential = credential_of(scope)
         if is_admin_path(scope["path"]):
             try:
@@ -193,6 +198,7 @@ class Door:
                 # Counted before it is refused: nobody guesses keys faster than this.
                 await self._limiter.admin(address, headers)
                 raise
+            context_of(scope).access = access  # also of one that is refused below
             if scope["method"] not in _LOOKING:
                 await self._limiter.admin(access.client, headers)
             return _Visit(access, self._limiter.budget(access), address)
@@ -207,6 +213,7 @@ class Door:
             stranger = Access(address)
             await self._limiter.inference(address, self._limiter.budget(stranger), headers)
             raise
+        context_of(scope).access = access
         visit = _Visit(access, self._limiter.budget(access), address)
         if scope["path"].startswith(_MODEL):
             access.check_model(scope["path"].removeprefix(_MODEL))

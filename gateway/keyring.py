@@ -10,7 +10,7 @@ from protocol.logs import event
 
 #: Bytes of a digest by which records are looked up; the rest is compared in constant time.
 _INDEX_BYTES: Final = 8
-_Signature = tuple[int, int, int]
+_Signature = tuple[int, ...]
 
 
 class Keyring:
@@ -42,9 +42,9 @@ class Keyring:
             return
         try:
             status = os.stat(self._path, follow_symlinks=False)  # noqa: PTH116 - a third of the time of Path.stat
-            signature = (status.st_ino, status.st_mtime_ns, status.st_size)
+            signature: _Signature = (status.st_ino, status.st_mtime_ns, status.st_size, status.st_mode, status.st_uid)
         except FileNotFoundError:
-            signature = (0, 0, 0)
+            signature = ()
         except OSError as error:
             self._fail(f"the keys cannot be looked at: {error.strerror}")
             self._signature = None

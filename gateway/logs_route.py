@@ -10,7 +10,7 @@ from typing import Final
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from gateway.admin_call import number, parameters, send_document, while_connected
+from gateway.admin_call import count, parameters, send_document, while_connected
 from gateway.decode import bad
 from protocol.errors import LmxError
 from protocol.paths import slot_name
@@ -60,7 +60,7 @@ class Logs:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer."""
         values = parameters(scope, "n", "level", "process", "model")
-        count = int(number(values, "n", _LINES, _MAX_LINES))
+        lines_wanted = count(values, "n", _LINES, _MAX_LINES)
         level = values.get("level", "TRACE").upper()
         if level not in _LEVELS:
             raise bad("level", f"must be one of {', '.join(_LEVELS)}")
@@ -68,7 +68,7 @@ class Logs:
             raise LmxError("not_found", "This gateway writes no log files.")
         wanted = Wanted(level, values.get("process", ""), values.get("model", ""))
         async with self._readers:
-            lines = await while_connected(receive, asyncio.to_thread(last_lines, self._folder, wanted, count))
+            lines = await while_connected(receive, asyncio.to_thread(last_lines, self._folder, wanted, lines_wanted))
         await send_document(send, b"[" + b",".join(lines) + b"]")
 
 

@@ -72,7 +72,7 @@ class KeyFile:
 
     def __init__(self, file: Path, sync: Callable[[int], None] = os.fsync) -> None:
         self._path = file
-        self._file = StateFile(file, kind="lmx.keys", schema=_SCHEMA, sync=sync, keep_previous=False)
+        self._file = StateFile(file, kind="lmx.keys", schema=_SCHEMA, sync=sync, keep_previous=False, private=True)
 
     def read(self) -> tuple[KeyRecord, ...]:
         """Return every key, oldest first, expired ones too; raise `KeyStoreError`."""

@@ -20,11 +20,21 @@ def read_secret(file: Path, cure: str) -> bytes:
     Raises `SecretFileError` for a file that is a link, somebody else's or open to others, and for what is no secret.
     """
     try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        secret = read_private(file, MAX_LENGTH + 2, cure).strip()
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or "that is no path"
         msg = f"{file}: cannot be read: {reason} (a link is refused)"
         raise SecretFileError(msg) from None
+    check_secret(secret, str(file))
+    return secret
+
+
+def read_private(file: Path, most: int, cure: str) -> bytes:
+    """Return at most so many bytes of a file that nobody else can read or write, and that is no link.
+
+    Raises `SecretFileError`, or `OSError` for a file that cannot be opened: `ELOOP` for a link.
+    """
+    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
@@ -33,11 +43,10 @@ def read_secret(file: Path, cure: str) -> bytes:
         if status.st_mode & 0o077:
             msg = f"{file} can be read by others: run chmod 600 on it, or {cure}"
             raise SecretFileError(msg)
-        secret = os.read(descriptor, MAX_LENGTH + 2).strip()
+        with open(descriptor, "rb", closefd=False) as stream:
+            return stream.read(most)
     finally:
         os.close(descriptor)
-    check_secret(secret, str(file))
-    return secret
 
 
 def check_secret(secret: bytes, place: str) -> None:

@@ -14,6 +14,8 @@ from typing import Any, Final
 
 import msgspec
 
+from protocol.secretfile import SecretFileError, read_private
+
 _MAX_BYTES: Final = 16 * 1024 * 1024
 _HEADER_ROOM: Final = 1024
 #: What msgspec raises for bytes that are not the JSON it should find; bytes that are not UTF-8 are not its own error.
@@ -60,6 +62,7 @@ class StateFile:
         sync: Callable[[int], None] = os.fsync,
         shape: Any = Any,
         keep_previous: bool = True,
+        private: bool = False,
     ) -> None:
         self._file = file
         self._kind = kind
@@ -67,6 +70,8 @@ class StateFile:
         self._sync = sync
         self._shape = shape
         self._keep_previous = keep_previous
+        #: A link, or a file that others can read or write, is unusable.
+        self._private = private
         self._sequence = 0
         self._read_only = False
 
@@ -153,9 +158,17 @@ class StateFile:
         finally:
             os.close(descriptor)
 
+    def _bytes(self, file: Path) -> bytes:
+        if not self._private:
+            with file.open("rb") as stream:
+                return stream.read(_MAX_BYTES + 1)
+        try:
+            return read_private(file, _MAX_BYTES + 1, "remove it")
+        except SecretFileError as error:
+            raise UnusableError(str(error)) from None
+
     def _read(self, file: Path) -> Any:
-        with file.open("rb") as stream:
-            data = stream.read(_MAX_BYTES + 1)
+        data = self._bytes(file)
         line, _, body = data.partition(b"\n")
         try:
             header = msgspec.json.decode(line, type=_Header)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -151,7 +152,7 @@ def test_what_cannot_be_done_is_a_problem_in_words_and_never_a_500(admin: Admin)
 
 def routes() -> list[tuple[str, str]]:
     """The method and path of every admin route there is."""
-    found = admin_routes(Forwarder(Path("/nowhere"), 1), CatalogView(), Traffic(), VitalsView(), Audit(None))
+    found = admin_routes(Forwarder(Path("/nowhere"), 1), CatalogView(), Traffic(), VitalsView(), Audit(None), Mock())
     return [(m, getattr(route, "path", "")) for route in found for m in getattr(route, "methods", ()) if m != "HEAD"]
 
 

@@ -20,7 +20,8 @@ from gateway.windows import BoundedStorage
 from protocol.config import LimitsConfig, SecurityConfig
 from protocol.errors import LmxError
 from protocol.profiles import rules
-from tests.security.doorkit import ADMIN_KEY, DoorKit
+from tests.logkit import logged
+from tests.security.doorkit import ADMIN_KEY, CHAT, DoorKit
 
 
 class Clock:
@@ -128,6 +129,18 @@ async def test_a_key_has_limits_of_its_own(tmp_path: Path) -> None:
     for key, number in ((less, 1), ("", 2), (none, 9), (kit.key("same"), 2)):
         outcomes = [(await kit.ask(key=key)).status for _ in range(9)]
         assert outcomes == [200] * number + [429] * (9 - number)
+
+
+async def test_who_was_refused_by_a_limit_or_for_a_model_is_written_down_by_key(tmp_path: Path) -> None:
+    kit = DoorKit(tmp_path, LimitsConfig(inference_per_minute=1, admin_per_minute=1))
+    hasty, few = kit.key("hasty"), kit.key("few", models=("a",), requests_per_minute=0)
+    with logged() as lines:
+        for path, key in ((CHAT, hasty), (CHAT, hasty), ("/admin", ADMIN_KEY), ("/admin", ADMIN_KEY), (CHAT, few)):
+            await kit.ask(path, key=key, body=b'{"model": "b"}')
+    refused = [(line["status"], line["client"]) for line in lines if line["event"] == "http_request"]
+    assert refused == [
+        (200, "key:id-hasty"), (429, "key:id-hasty"), (200, "admin"), (429, "admin"), (403, "key:id-few"),
+    ]  # fmt: skip
 
 
 async def test_requests_of_one_client_run_together_up_to_its_limit_and_no_place_is_lost(tmp_path: Path) -> None:

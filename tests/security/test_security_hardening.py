@@ -5,6 +5,7 @@ import contextlib
 import hmac
 import inspect
 import ipaddress
+import os
 from pathlib import Path
 from typing import Any
 
@@ -542,6 +543,26 @@ class TestNothingOpensByFailing:
         kit = DoorKit(tmp_path, **TLS)
         kit.path.mkdir()
         assert (await kit.ask(key=new_key())).status == 503
+
+    @pytest.mark.parametrize("harm", ["link", 0o640, 0o602, "pipe"])
+    async def test_a_file_of_keys_that_others_can_reach_refuses_until_it_is_private_again(
+        self, tmp_path: Path, harm: str | int
+    ) -> None:
+        kit = DoorKit(tmp_path, **TLS)
+        key = kit.key()
+        assert (await kit.ask(key=key)).status == 200
+        if isinstance(harm, int):
+            kit.path.chmod(harm)
+        else:
+            kit.path.rename(tmp_path / "elsewhere")
+            kit.path.symlink_to(tmp_path / "elsewhere") if harm == "link" else os.mkfifo(kit.path, 0o600)
+        answer = await kit.ask(key=key)
+        assert (answer.status, answer.code) == (503, "access_check_failed")
+        if isinstance(harm, int):
+            kit.path.chmod(0o600)
+        else:
+            (tmp_path / "elsewhere").replace(kit.path)
+        assert (await kit.ask(key=key)).status == 200
 
     async def test_keys_that_are_gone_are_keys_no_more(self, tmp_path: Path) -> None:
         kit = DoorKit(tmp_path, **TLS)

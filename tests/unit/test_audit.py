@@ -384,7 +384,7 @@ async def test_who_listens_is_told_the_last_hundred_and_then_each() -> None:
     audit = Audit(None)
     for number in range(120):
         one_more(audit, number)
-    listener = audit.listen()
+    listener = await audit.listen()
     assert await told_of(listener) == [f"r{number}" for number in range(20, 120)]
     one_more(audit, 500)
     assert await told_of(listener) == ["r500"]
@@ -394,7 +394,7 @@ async def test_who_listens_is_told_the_last_hundred_and_then_each() -> None:
 
 async def test_who_does_not_keep_up_is_dropped_and_others_are_not() -> None:
     audit = Audit(None)
-    slow, quick = audit.listen(), audit.listen()
+    slow, quick = await audit.listen(), await audit.listen()
     heard = 0
     for number in range(3000):
         one_more(audit, number)
@@ -406,20 +406,27 @@ async def test_who_does_not_keep_up_is_dropped_and_others_are_not() -> None:
 
 async def test_listeners_are_bounded() -> None:
     audit = Audit(None)
-    listeners = [audit.listen() for _ in range(32)]
+    listeners = [await audit.listen() for _ in range(32)]
     with pytest.raises(LmxError, match="listen"):
-        audit.listen()
+        await audit.listen()
     audit.leave(listeners[0])
-    audit.listen()
+    await audit.listen()
 
 
 async def test_a_new_gateway_tells_what_earlier_ones_wrote(path: Path) -> None:
     fill(path, [row(number) for number in range(150)])
     audit = Audit(AuditStore(path, AuditConfig(), clock=lambda: NOW))
     audit.start()
-    assert audit._reading is not None
-    await audit._reading
     one_more(audit, 900)
-    rows = await told_of(audit.listen())
+    rows = await told_of(await audit.listen())  # at once: the file has not been read yet
     assert (len(rows), rows[0], rows[-1]) == (RECENT, "r51", "r900")
+    audit.close(5)
+
+
+async def test_what_was_written_while_the_last_rows_were_read_is_told_once(path: Path) -> None:
+    fill(path, [row(number) for number in range(3)])
+    audit = Audit(AuditStore(path, AuditConfig(), clock=lambda: NOW))
+    audit._recent.append(row(2))
+    audit.start()
+    assert await told_of(await audit.listen()) == ["r0", "r1", "r2"]
     audit.close(5)
