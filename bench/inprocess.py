@@ -22,7 +22,7 @@ from worker import lean
 from worker.batch import neutralise_wired_limit
 from worker.sampling import greedy
 
-#: As in worker/batch.py.
+#: As mlx-lm has it; LMX, and so the lean one, processes as many together as fit into a chunk.
 _PREFILL_BATCH: Final = 8
 
 
@@ -38,7 +38,7 @@ class Limit:
             model,
             stop_tokens=[[token] for token in sorted(self._tokenizer.eos_token_ids)],
             completion_batch_size=settings.max_concurrent_requests,
-            prefill_batch_size=min(_PREFILL_BATCH, settings.max_concurrent_requests),
+            prefill_batch_size=settings.max_concurrent_requests if is_lean else _PREFILL_BATCH,
             prefill_step_size=settings.prefill_step_tokens,
         )
         if is_lean and not lean.install(self._generator, model):

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from bench.measures import percentile
 from supervisor.environment import worker_environment
 from supervisor.platform.blas import find_blas
 from tests.modelkit import make_tiny_model
@@ -26,11 +27,8 @@ if TYPE_CHECKING:
 
 _CHUNK: Final = 512
 _ALLOWED: Final = 3.0
+_SHARE: Final = 0.99
 _LONG: Final = 1_000
-
-
-def p99(values: list[float]) -> float:
-    return sorted(values)[min(len(values) - 1, int(len(values) * 0.99))]
 
 
 def timed_step(backend: "BatchBackend") -> tuple[float, set[int]]:
@@ -72,7 +70,7 @@ def measure(folder: Path, streams: int, steps: int, length: int) -> tuple[float,
         if not set(range(streams)) <= answered:
             raise SystemExit("interleave: a stream got no token in a step")
         beside.append(seconds)
-    return p99(without), max(chunks), p99(beside), len(beside)
+    return percentile(without, _SHARE), max(chunks), percentile(beside, _SHARE), len(beside)
 
 
 def main() -> int:

@@ -32,6 +32,19 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[max(0, ceil(share * len(ordered)) - 1)]
 
 
+def slope(points: Sequence[tuple[float, float]]) -> float:
+    """Return the growth of y per 1,000 of x, in percent of the mean of y (least squares); 0 where x is one.
+
+    Raises `ZeroDivisionError` without points.
+    """
+    mean_x = sum(x for x, _ in points) / len(points)
+    mean_y = sum(y for _, y in points) / len(points)
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    if not spread or not mean_y:
+        return 0.0
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread * 1000 / mean_y * 100
+
+
 def cpu_s(pid: int) -> float:
     """Return the CPU seconds, user and system, of a process without its children; 0 if it is gone."""
     try:

@@ -2,9 +2,9 @@
 
 `python -m bench.soak_prefix --minutes 20`: a real LMX whose prefix cache is far too small for what is asked. Clients
 hold conversations of several turns, ask long and short questions, with one or several choices, streamed or not, and one
-in eight of them leaves in the middle. Footprint, descriptors and threads of worker and gateway are sampled; after the
-warm-up a line is laid through them, against the number of requests. The report goes to stdout, progress to stderr;
-exit code 1 when a bound did not hold.
+in eight of them leaves in the middle. Footprints of worker, gateway and supervisor are sampled, and descriptors and
+threads of the first two; after the warm-up a line is laid through the footprints, against the number of requests. The
+report goes to stdout, progress to stderr; exit code 1 when a bound did not hold.
 """
 
 import argparse
@@ -24,6 +24,8 @@ from typing import Any, Final
 import httpx
 import psutil
 
+from bench.measures import slope
+from supervisor.platform import current_platform
 from tests.harness import Lmx
 from tests.modelkit import WORDS, make_tiny_model
 
@@ -34,6 +36,8 @@ RAM_BYTES: Final = 24 * 1024 * 1024
 DISK_BYTES: Final = 96 * 1024 * 1024
 _SAMPLE_S: Final = 2.0
 _WARM_UP: Final = 0.3
+#: A line through fewer says nothing: allocators go up and down, and SQLite's cache in the gateway is still filling.
+_LEAST: Final = 3000
 _LEAVES: Final = 8
 _SYSTEMS: Final = 40
 #: Descriptors and threads may come and go with connections, but not add up.
@@ -57,8 +61,7 @@ class Sample:
 
     at: float
     requests: int
-    worker: int
-    gateway: int
+    footprints: dict[str, int]
     handles: dict[str, int]
 
 
@@ -175,7 +178,7 @@ async def _streamed(http: httpx.AsyncClient, body: dict[str, Any], leave_after: 
 
 async def watch(lmx: Lmx, soak: Soak, incarnation: int) -> None:
     """Sample until the end; what must never be is noted as broken."""
-    said_at = time.monotonic()
+    said_at, platform = time.monotonic(), current_platform()
     while time.monotonic() < soak.stop_at:
         await asyncio.sleep(_SAMPLE_S)
         document = await asyncio.to_thread(lmx.status)
@@ -190,9 +193,11 @@ async def watch(lmx: Lmx, soak: Soak, incarnation: int) -> None:
                 handles[f"{name} descriptors"] = process.num_fds()
                 handles[f"{name} threads"] = process.num_threads()
         memory, gateway = model["memory_bytes"], document["gateway"]["memory_bytes"]
-        if memory is None or gateway is None or len(handles) < len(pids) * 2:
+        supervisor = None if lmx.process is None else platform.footprint(lmx.process.pid)
+        if memory is None or gateway is None or supervisor is None or len(handles) < len(pids) * 2:
             continue
-        soak.samples.append(Sample(time.monotonic(), soak.done, memory, gateway, handles))
+        footprints = {"worker": memory, "gateway": gateway, "supervisor": supervisor}
+        soak.samples.append(Sample(time.monotonic(), soak.done, footprints, handles))
         if model["incarnation"] != incarnation:
             soak.broken.append("the worker was replaced")
             return
@@ -226,16 +231,6 @@ def events(lmx: Lmx, name: str) -> list[dict[str, Any]]:
 # -- the verdict ----------------------------------------------------------------------------------------------------
 
 
-def slope(points: list[tuple[float, float]]) -> float:
-    """Return the growth of y per 1,000 of x, in percent of the mean of y (least squares)."""
-    mean_x = sum(x for x, _ in points) / len(points)
-    mean_y = sum(y for _, y in points) / len(points)
-    spread = sum((x - mean_x) ** 2 for x, _ in points)
-    if not spread or not mean_y:
-        return 0.0
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread * 1000 / mean_y * 100
-
-
 def report(lmx: Lmx, soak: Soak) -> tuple[str, list[str]]:
     """Return the table, and what did not hold."""
     wrong = [f"{soak.broken.count(what)} x {what}" for what in sorted(set(soak.broken))]
@@ -243,8 +238,11 @@ def report(lmx: Lmx, soak: Soak) -> tuple[str, list[str]]:
     if len(measured) < 3:
         return "", [*wrong, "too few samples"]
     lines = ["| | first | last | highest | % per 1,000 requests |", "|---|---|---|---|---|"]
-    for name in ("worker", "gateway"):
-        values = [getattr(sample, name) for sample in measured]
+    requests = measured[-1].requests - measured[0].requests
+    if requests < _LEAST:
+        wrong.append(f"{requests} requests after the warm-up are too few to say what grows: it takes {_LEAST}")
+    for name in measured[0].footprints:
+        values = [sample.footprints[name] for sample in measured]
         growth = slope([(sample.requests, value) for sample, value in zip(measured, values, strict=True)])
         cells = [f"{value / 2**20:.1f} MiB" for value in (values[0], values[-1], max(values))]
         lines.append(f"| {name} footprint | {' | '.join(cells)} | {growth:+.2f} |")
@@ -265,7 +263,7 @@ def report(lmx: Lmx, soak: Soak) -> tuple[str, list[str]]:
         lines.append(f"| prefixes in memory | | {last['bytes'] / 2**20:.1f} MiB | of {RAM_BYTES / 2**20:.0f} MiB | |")
     share = 100 * soak.cached_tokens / max(1, soak.prompt_tokens)
     words = (
-        f"{soak.done} requests, {measured[-1].requests - measured[0].requests} of them after the warm-up; {soak.left} "
+        f"{soak.done} requests, {requests} of them after the warm-up; {soak.left} "
         f"left early, {soak.refused} were refused (429, 503); {share:.0f} % of the prompt tokens came from the cache."
     )
     return "\n".join([*lines, "", words]), wrong

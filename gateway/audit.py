@@ -90,8 +90,9 @@ class Audit:
         except AuditUnreadableError:
             return  # there is none yet, or the store will say what is wrong with it
         known = list(self._recent)
+        noted = {(row.request_id, row.timestamp) for row in known}  # since the start, and perhaps written already
         self._recent.clear()
-        self._recent.extend([*rows, *known])
+        self._recent.extend([*(row for row in rows if (row.request_id, row.timestamp) not in noted), *known])
 
     def counts(self) -> AuditCounts:
         """Return how the writing goes."""

@@ -14,7 +14,10 @@ RingerT = TypeVar("RingerT", bound=_Ringer)
 
 
 class Bell(Generic[RingerT]):
-    """One per call. Requests ring as frames arrive; the task that writes the answer waits."""
+    """One per call. Requests ring as frames arrive; the task that writes the answer waits, or has someone listen.
+
+    Waking a task for each event costs as much as the event itself: a listener is called without that.
+    """
 
     def __init__(self, *, blocked: bool = False) -> None:
         #: The client has closed its connection.
@@ -26,6 +29,7 @@ class Bell(Generic[RingerT]):
         self._rung: list[RingerT] = []
         self._dirty = False
         self._waiter: asyncio.Future[None] | None = None
+        self._listener: Callable[[list[RingerT]], None] | None = None
         self._loop = asyncio.get_running_loop()
 
     def ring(self, ringer: RingerT) -> None:
@@ -41,11 +45,20 @@ class Bell(Generic[RingerT]):
         self.wake()
 
     def wake(self) -> None:
-        """Let `news` return."""
+        """Let `news` return, or the listener hear of it in the next turn of the loop."""
+        if self._dirty:
+            return
         self._dirty = True
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+        if self._listener is not None:
+            self._loop.call_soon(self._tell)
+        elif self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def listen(self, listener: "Callable[[list[RingerT]], None] | None") -> None:
+        """Have what `news` would return given to `listener`, None to nobody any more. It must not raise."""
+        self._listener = listener
+        if listener is not None and self._dirty:
+            self._loop.call_soon(self._tell)
 
     async def news(self) -> list[RingerT]:
         """Wait until something happened since the last call returned; return who rang. For one task only."""
@@ -55,6 +68,13 @@ class Bell(Generic[RingerT]):
                 await self._waiter
             finally:
                 self._waiter = None
+        return self._take()
+
+    def _tell(self) -> None:
+        if self._listener is not None and self._dirty:
+            self._listener(self._take())
+
+    def _take(self) -> list[RingerT]:
         self._dirty = False
         rung, self._rung = self._rung, []
         for ringer in rung:

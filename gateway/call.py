@@ -4,6 +4,7 @@ One for each choice of each prompt. They share the client, the deadline and the 
 """
 
 from collections import deque
+from collections.abc import Sequence
 
 from gateway.bell import Bell
 from gateway.context import ClientGoneError, RequestContext
@@ -81,12 +82,16 @@ class Call:
     async def news(self) -> list[Request]:
         """Wait until something happened; return the requests it happened to. Raises `ClientGoneError`."""
         rung = await self.bell.news()
+        self.hear(rung)
+        return rung
+
+    def hear(self, rung: Sequence[Request]) -> None:
+        """Take note of what the bell has told. Raises `ClientGoneError`."""
         if self.bell.client_gone:
             raise ClientGoneError
         for request in rung:
             if request.ended:
                 self._on_end(request)
-        return rung
 
     def _on_end(self, request: Request) -> None:
         self._unended -= 1

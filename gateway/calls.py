@@ -175,7 +175,9 @@ class Calls:
         groups: dict[int, int] = {}
         span = self._tracer.start(span_name(asked[0].kind, found.id), context.traceparent, asked_for(found.id, asked))
         context.traceparent = span.traceparent
+        coming = context.take_up() + len(asked)
         for wanted in asked:
+            coming -= 1
             rid = self._rids.new()
             if wanted.group not in groups:
                 groups[wanted.group or rid] = rid
@@ -192,6 +194,7 @@ class Calls:
                 group=groups[wanted.group] if wanted.group else 0,
                 traceparent=context.traceparent,
                 salt=client if self._isolate else "",
+                coming=coming,
             )
             request = Request(
                 found.id,

@@ -8,6 +8,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.calls import Calls, ask, seeded
 from gateway.chunks import ChatChunks, finish_reason
+from gateway.context import writer_of
 from gateway.errors import send_json
 from gateway.logprobs import Shown, chat_logprobs
 from gateway.requests import Request
@@ -42,7 +43,14 @@ class ChatCompletions:
                 if chat.stream:
                     usage = chat.include_usage
                     writer = ChatChunks(answer_id, created, chat.model, FINGERPRINT, usage=usage, choices=chat.n)
-                    stream = EventStream(call, writer, send, include_usage=usage, keepalive_s=config.keepalive_s)
+                    stream = EventStream(
+                        call,
+                        writer,
+                        send,
+                        include_usage=usage,
+                        keepalive_s=config.keepalive_s,
+                        put=writer_of(scope),
+                    )
                     await stream.run()
                 else:
                     choices = [_choice(index, request) for index, request in enumerate(await call.whole())]

@@ -9,6 +9,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.calls import Calls, ask, seeded
 from gateway.chat import FINGERPRINT
 from gateway.chunks import TextChunks, finish_reason
+from gateway.context import writer_of
 from gateway.errors import send_json
 from gateway.logprobs import LegacyWriter, Shown, mean
 from gateway.requests import Extras, Request
@@ -45,7 +46,14 @@ class Completions:
                 if wanted.stream:
                     usage, count = wanted.include_usage, len(call.requests)
                     writer = TextChunks(answer_id, created, wanted.model, FINGERPRINT, usage=usage, choices=count)
-                    stream = EventStream(call, writer, send, include_usage=usage, keepalive_s=config.keepalive_s)
+                    stream = EventStream(
+                        call,
+                        writer,
+                        send,
+                        include_usage=usage,
+                        keepalive_s=config.keepalive_s,
+                        put=writer_of(scope),
+                    )
                     await stream.run()
                 else:
                     shown = _choices(wanted, await call.whole())

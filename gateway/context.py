@@ -1,5 +1,6 @@
 """What every layer of the application knows about the HTTP request it works on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Protocol, cast
 
@@ -9,6 +10,8 @@ from gateway.auth import Access
 
 #: Key of the ASGI extension through which `gateway.server` offers its connection.
 CONNECTION_EXTENSION: Final = "lmx.connection"
+#: Key of the one through which it offers to write a piece of a chunked body at once.
+WRITE_EXTENSION: Final = "lmx.write"
 _CONTEXT: Final = "lmx.context"
 _ADMIN: Final = ("/admin", "/ws")
 
@@ -23,7 +26,10 @@ class ClientGoneError(Exception):
 
 
 class Connection(Protocol):
-    """The two things ASGI cannot ask of a connection."""
+    """What ASGI cannot ask of a connection."""
+
+    def take_up(self) -> int:
+        """Note that somebody works on its request; return how many others have arrived and wait for that."""
 
     def close_after_response(self) -> None:
         """Do not keep the connection alive after the response that is running."""
@@ -79,6 +85,10 @@ class RequestContext:
         """Whom limits count: a key or an address; None if nobody knows yet."""
         return self.access.client if self.access is not None else self.address or None
 
+    def take_up(self) -> int:
+        """Note that somebody works on it; return how many others are there and wait for that, 0 if nobody knows."""
+        return 0 if self.connection is None else self.connection.take_up()
+
     def close_after_response(self) -> None:
         """Do not keep the connection alive, if the server can tell it so."""
         if self.connection is not None:
@@ -103,6 +113,14 @@ def context_of(scope: Scope) -> RequestContext:
 def connection_of(scope: Scope) -> Connection | None:
     """Return the server's connection, None under a server that offers none."""
     return cast(Connection | None, scope.get("extensions", {}).get(CONNECTION_EXTENSION))
+
+
+def writer_of(scope: Scope) -> Callable[[bytes], bool] | None:
+    """Return what writes into the response that has begun, past everything around the endpoint.
+
+    It returns False, having written nothing, where ASGI's `send` is the way: when the client takes nothing now.
+    """
+    return cast(Callable[[bytes], bool] | None, scope.get("extensions", {}).get(WRITE_EXTENSION))
 
 
 def header(scope: Scope, name: bytes) -> bytes:

@@ -57,6 +57,7 @@ class RequestIdMiddleware:
             nonlocal status
             if message["type"] in {"http.response.start", "websocket.accept"}:
                 status = message.get("status", 101)
+                context.take_up()
                 if self._traffic.closing:
                     context.headers.append((b"connection", b"close"))
                 if context.traceparent:
@@ -73,6 +74,7 @@ class RequestIdMiddleware:
         try:
             await self._app(scope, receive, send_with_id)
         finally:
+            context.take_up()
             self._note(scope, context, status)
 
     def _note(self, scope: Scope, context: RequestContext, status: int) -> None:

@@ -31,6 +31,8 @@ from protocol.messages import MalformedMessageError, encode
 _MAX_PROTOCOL_ERRORS: Final = 3
 _LOG_EVERY_S: Final = 1.0
 _ABORT_RETRY_S: Final = 0.05
+#: The process behind a link that was replaced is gone for the supervisor; the link says so within milliseconds.
+_FAREWELL_S: Final = 2.0
 _CRASHED: Final = "worker_crashed"
 _REPLACED: Final = "model_restarting"
 _BUSY: Final = "server_busy"
@@ -93,6 +95,7 @@ class WorkerPeer:
         self._requests: dict[int, Request] = {}
         self._aborts: deque[int] = deque(maxlen=HIGH_WATER_MARK)
         self._abort_timer: asyncio.Handle | None = None
+        self._farewell_timer: asyncio.Handle | None = None
         self._protocol_errors = 0
         self._numbers = numbers
         self._stepped_at = 0.0
@@ -144,7 +147,15 @@ class WorkerPeer:
             self.release(request)
 
     def replaced(self) -> None:
-        """The supervisor has another incarnation in its place: what runs here goes there."""
+        """The supervisor has another incarnation in its place, and nothing more will be submitted here.
+
+        Its process has ended, which the link is about to notice: on a busy machine the catalog may come first. What it
+        said before counts, and how it ended is for the link to say. One that says nothing is given up.
+        """
+        if self._farewell_timer is None:
+            self._farewell_timer = self._loop.call_later(_FAREWELL_S, self._miss)
+
+    def _miss(self) -> None:
         self._give_up("replaced", crashed=False)
 
     def close(self) -> None:
@@ -169,8 +180,9 @@ class WorkerPeer:
     def _close(self, why: str) -> list[Request]:
         self.dead = True
         self._link.close()
-        if self._abort_timer is not None:
-            self._abort_timer.cancel()
+        for timer in (self._abort_timer, self._farewell_timer):
+            if timer is not None:
+                timer.cancel()
         event("link_closed", model=self.model, incarnation=self.incarnation, why=why, requests=len(self._requests))
         requests, self._requests = self._requests, {}
         return list(requests.values())

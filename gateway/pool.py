@@ -49,7 +49,7 @@ class WorkerPool:
         self._desks: dict[str, Desk] = {}
         #: The worker that new requests of a model go to.
         self._current: dict[str, WorkerPeer] = {}
-        #: Workers of models that left the catalog, while requests of theirs still run.
+        #: Workers of models that left the catalog, and incarnations that were replaced, while requests of theirs run.
         self._leaving: set[WorkerPeer] = set()
         self._opened_at: dict[str, float] = {}
         #: When the supervisor was last told that somebody wants a model.
@@ -69,13 +69,14 @@ class WorkerPool:
         models = {model.id: model for model in catalog.models}
         for model_id, peer in list(self._current.items()):
             model = models.get(model_id)
-            if model is None:
+            replaced = model is not None and model.incarnation not in {0, peer.incarnation}
+            if model is None or replaced:
                 del self._current[model_id]
                 self._opened_at.pop(model_id, None)
                 self._leaving.add(peer)
+                if replaced:
+                    peer.replaced()
                 self._close_if_idle(peer)
-            elif model.incarnation not in {0, peer.incarnation}:
-                peer.replaced()
         for model in catalog.models:
             if model.state is ModelState.READY and model.endpoint:
                 self._route(model.id)

@@ -130,6 +130,7 @@ class Request:
         #: What `take_extras` would return.
         self.extras: Extras | None = None
         self._submit = submit
+        self._coming = submit.coming
         self._bell = bell
         self._deadline_at = deadline_at
         self._streams = streams
@@ -168,6 +169,7 @@ class Request:
         """Return what to send to a process: the whole request, and what it was answered with so far."""
         submit = self._submit
         self.incarnation = incarnation
+        coming, self._coming = self._coming, 0  # they come now, not when it is asked once more
         return Submit(
             incarnation=incarnation,
             rid=submit.rid,
@@ -186,6 +188,7 @@ class Request:
             dimensions=submit.dimensions,
             traceparent=submit.traceparent,
             salt=submit.salt,
+            coming=coming,
         )
 
     def submitted(self) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import socket
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from gateway.context import CONNECTION_EXTENSION
+from gateway.context import CONNECTION_EXTENSION, WRITE_EXTENSION
 from gateway.errors import error_body
 from gateway.ids import new_request_id
 from protocol.config import SecurityConfig
@@ -43,6 +44,13 @@ def _websocket_protocol(**arguments: Any) -> asyncio.Protocol:
     return WebSocketsSansIOProtocol(**arguments)
 
 
+class Arrivals:
+    """How many requests are here in full while nobody works on them yet."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
 class _HeadTooLargeError(Exception):
     """Stops the parser."""
 
@@ -56,6 +64,11 @@ class HttpProtocol(HttpToolsProtocol):
     #: until it is whole.
     _undigested_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
+    _arrived = False
+
+    def __init__(self, arrivals: Arrivals, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._arrivals = arrivals
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock for the first request."""
@@ -65,6 +78,7 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the clock."""
         self._stop_head_timer()
+        self.take_up()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -99,7 +113,10 @@ class HttpProtocol(HttpToolsProtocol):
         """End a request's head."""
         self._stop_head_timer()
         self._undigested_bytes = 0
+        scope: Any = self.scope
         super().on_headers_complete()
+        # Of this request, also while another one on the same connection waits behind it.
+        scope["extensions"][WRITE_EXTENSION] = functools.partial(_write_chunk, self.cycle)
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of a body."""
@@ -110,6 +127,11 @@ class HttpProtocol(HttpToolsProtocol):
         """End a request."""
         self._undigested_bytes = 0
         super().on_message_complete()
+        # An upgrade has no cycle, and what was refused before its end is nobody's work any more.
+        cycle: RequestResponseCycle | None = self.cycle
+        if not self._arrived and cycle is not None and not cycle.response_complete:
+            self._arrived = True
+            self._arrivals.count += 1
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP, or too much of it, and close."""
@@ -118,6 +140,13 @@ class HttpProtocol(HttpToolsProtocol):
         elif self._header_count > MAX_HEADERS:
             msg = f"There are more than {MAX_HEADERS} headers."
         self._refuse(LmxError("invalid_value", msg))
+
+    def take_up(self) -> int:
+        """Note that somebody works on what has arrived; return how many others wait for that."""
+        if self._arrived:
+            self._arrived = False
+            self._arrivals.count -= 1
+        return self._arrivals.count
 
     def close_after_response(self) -> None:
         """Do not keep the connection alive after the response that is running."""
@@ -173,6 +202,14 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
+def _write_chunk(cycle: RequestResponseCycle, data: bytes) -> bool:
+    """Do what `cycle.send` does with a piece of a body, if it would not wait; return whether it is done."""
+    if not cycle.chunked_encoding or cycle.flow.write_paused or cycle.disconnected or cycle.response_complete:
+        return False
+    cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+    return True
+
+
 class Server(uvicorn.Server):
     """A server that says when it accepts and leaves signals alone: draining is `gateway.service`'s business."""
 
@@ -181,7 +218,7 @@ class Server(uvicorn.Server):
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
         config = uvicorn.Config(
             app,
-            http=HttpProtocol,
+            http=functools.partial(HttpProtocol, Arrivals()),  # type: ignore[arg-type]
             ws=_websocket_protocol,  # type: ignore[arg-type]
             ws_max_size=_MAX_WEBSOCKET_MESSAGE,
             ws_per_message_deflate=False,

@@ -166,12 +166,15 @@ class Service:
         """
         deadline = self._loop.time() + grace_s
         quiet_since = self._loop.time()
-        while self._server.connection_count() and self._loop.time() < deadline:
+        gone = 0
+        # Twice: one that was accepted a moment ago is no connection of the server before some turns of the loop.
+        while gone < 2 and self._loop.time() < deadline:
+            await asyncio.sleep(_LET_GO_CHECK_S)
+            gone = 0 if self._server.connection_count() else gone + 1
             if self._traffic.running:
                 quiet_since = self._loop.time()
             elif self._loop.time() - quiet_since >= _LET_GO_AFTER_S:
                 self._server.close_idle()
-            await asyncio.sleep(_LET_GO_CHECK_S)
         return self._traffic.running == 0
 
     async def _drain(self, emptied: Coroutine[Any, Any, bool], code: WorkerExit | None) -> None:

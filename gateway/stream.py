@@ -1,7 +1,7 @@
 """Writing an answer to one client as it comes."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from starlette.types import Send
@@ -28,11 +28,22 @@ def usage_of(call: Call) -> CompletionUsage:
 class EventStream:
     """Sends an answer as it comes. One write per turn of the event loop, whatever arrived in it."""
 
-    def __init__(self, call: Call, writer: ChunkWriter, send: Send, *, include_usage: bool, keepalive_s: float) -> None:
+    def __init__(
+        self,
+        call: Call,
+        writer: ChunkWriter,
+        send: Send,
+        *,
+        include_usage: bool,
+        keepalive_s: float,
+        put: Callable[[bytes], bool] | None = None,
+    ) -> None:
+        """`put` is `gateway.context.writer_of` the request; without it everything goes through `send`."""
         self._call = call
         self._bell = call.bell
         self._writer = writer
         self._send = send
+        self._put = put
         self._include_usage = include_usage
         self._keepalive_s = keepalive_s
         self._indexes = {request.rid: index for index, request in enumerate(call.requests)}
@@ -73,16 +84,55 @@ class EventStream:
     async def _until_end(self) -> bytes:
         """Write what comes; return the last of it, unwritten, once the answer has ended."""
         call = self._call
-        rung: Sequence[Request] = call.requests
-        while True:
-            data = b"".join([self._events(request) for request in rung])
-            if call.ended:
-                return data
+        data = self._gained(call.requests)
+        while not call.ended:
             if data:
                 await self._write(data)
             elif self._silent:
                 await self._write(KEEPALIVE)
-            rung = await call.news()
+            data = await self._more()
+        return data
+
+    async def _more(self) -> bytes:
+        """Return what has been gained: with `put`, only what it did not take, and the last."""
+        if self._put is None:
+            return self._gained(await self._call.news())
+        self._left: asyncio.Future[bytes] = self._loop.create_future()
+        self._bell.listen(self._pump)
+        try:
+            return await self._left
+        finally:
+            self._bell.listen(None)
+
+    def _pump(self, rung: Sequence[Request]) -> None:
+        """Write what has been gained if that needs no waiting, else let the task do it."""
+        assert self._put is not None
+        left = self._left
+        try:
+            self._call.hear(rung)
+            data = self._gained(rung)
+            if not self._call.ended:
+                if not data and self._silent:
+                    data = KEEPALIVE
+                if not data:
+                    return
+                if self._put(data):
+                    self._silent = False
+                    self._wrote_at = self._loop.time()
+                    return
+        except Exception as error:  # noqa: BLE001 - raised again in the task
+            self._bell.listen(None)
+            if not left.done():
+                left.set_exception(error)
+            return
+        self._bell.listen(None)
+        if not left.done():
+            left.set_result(data)
+
+    def _gained(self, rung: Sequence[Request]) -> bytes:
+        if len(rung) == 1:
+            return self._events(rung[0])
+        return b"".join([self._events(request) for request in rung])
 
     def _events(self, request: Request) -> bytes:
         """Return what a request has gained."""

@@ -207,6 +207,8 @@ class Submit(Message, frozen=True, tag=1):
     traceparent: str = ""
     #: Requests with different ones share no cached prefix; never a key.
     salt: str = ""
+    #: How many others the gateway has read already and is about to ask: those that come now may wait for them.
+    coming: int = 0
 
 
 class Abort(Message, frozen=True, tag=2):

@@ -124,13 +124,12 @@ class Admission:
     def check_restart(self, managed: Managed) -> None:
         """Raise `NoRoomError` if the next process of a model would not fit in the place of the present one."""
         account = managed.account
-        machine = self._host.meter.machine()
+        machine = self._machine_without(managed)
         if account.prediction is None or not managed.slot.pid or machine.available is None:
             return
-        back = machine.available + (managed.memory_bytes or 0)
         found = ledger.plan(
             account.need,
-            ledger.Machine(machine.total, back, machine.gpu),
+            machine,
             self.uses(without=managed.model),
             self._config,
             now=time.monotonic(),
@@ -138,6 +137,13 @@ class Admission:
         )
         if found.verdict is Verdict.REFUSE:
             raise NoRoomError(_no_room(managed.model, found))
+
+    def _machine_without(self, managed: Managed | None) -> ledger.Machine:
+        """Return the machine as it would be without the present process of a model."""
+        machine = self._host.meter.machine()
+        if managed is None or not managed.slot.pid or machine.available is None:
+            return machine
+        return ledger.Machine(machine.total, machine.available + (managed.memory_bytes or 0), machine.gpu)
 
     # -- a load ---------------------------------------------------------------------------------------------------
 
@@ -194,7 +200,7 @@ class Admission:
     def _plan(self, model: str, prediction: Prediction) -> Plan:
         return ledger.plan(
             prediction.need,
-            self._host.meter.machine(),
+            self._machine_without(self._host.find(model)),
             self.uses(without=model, waiting=True),
             self._config,
             now=time.monotonic(),
@@ -309,13 +315,14 @@ class Admission:
 
     def use_of(self, managed: Managed) -> Use:
         """Return one model as the ledger sees it."""
-        account, slot = managed.account, managed.slot
+        account, slot, beat = managed.account, managed.slot, managed.heartbeat
         configured = self._config.ttl_s
+        in_flight = beat is not None and beat.running + beat.waiting > 0
         return Use(
             model=managed.model,
             need=account.need,
             footprint=managed.memory_bytes if slot.pid else 0,
-            busy=account.busy or slot.late,
+            busy=account.busy or in_flight or slot.late,
             ready=slot.state is ModelState.READY and not account.leaving,
             pinned=account.pinned or managed.model in self._config.pinned,
             used_at=account.used_at,

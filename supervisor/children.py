@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -15,6 +16,10 @@ from protocol.logs import event
 from supervisor.platform.base import ExitWatch, Platform
 
 _OUTPUT_LIMIT: Final = 10 * 1024 * 1024
+#: What no process should die of, and none fail to start of.
+DISK_TROUBLE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
+#: What passes when somebody frees some: says nothing about the model that was to be started.
+_MACHINE_TROUBLE: Final = DISK_TROUBLE | {errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.ENOBUFS}
 
 
 class Child:
@@ -91,7 +96,14 @@ def spawn(
     with contextlib.suppress(FileNotFoundError):
         if output.stat().st_size > _OUTPUT_LIMIT:
             output.replace(output.with_name(output.name + ".1"))
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        descriptor = os.open(output, flags | os.O_CREAT, 0o600)
+    except OSError as error:
+        if error.errno not in DISK_TROUBLE:
+            raise
+        event("output_not_kept", level="WARNING", file=output.name, reason=error.strerror)
+        descriptor = os.open(os.devnull, flags)
     try:
         # -P: the folder we happen to stand in must not shadow our packages.
         process = subprocess.Popen(
@@ -112,6 +124,11 @@ def spawn(
         process.kill()
         process.wait()
         raise
+
+
+def start_failure(error: OSError) -> str:
+    """Return the class of end that a failed start is."""
+    return "no_resources" if error.errno in _MACHINE_TROUBLE else "start_failed"
 
 
 def trim_outputs(folder: Path) -> None:

@@ -203,6 +203,8 @@ class Commands:
 
     def _place(self, request: control.LoadRequest, weight_bytes: int) -> Managed:
         """Want a model in its slot, or a new one."""
+        if self._host.ending:
+            raise CommandError("the supervisor is stopping", code="shutting_down")
         model, path = request.id, request.path
         managed = self._host.find(model)
         if managed is not None and managed.slot.state is not ModelState.QUARANTINED:
@@ -256,8 +258,9 @@ class Commands:
         old_pid, old_incarnation = managed.slot.pid, managed.slot.incarnation
         self._host.feed(managed, ev.Restart(force))
         _tell(managed, channel)
+        settled = {ModelState.QUARANTINED, ModelState.STOPPED}
         await self._changes.wait_for(
-            lambda: managed.slot.incarnation != old_incarnation or managed.slot.state is ModelState.QUARANTINED
+            lambda: managed.slot.incarnation != old_incarnation or managed.slot.state in settled
         )
         await self._until_ready(managed, channel, "restarted")
         new_pid = managed.slot.pid

@@ -11,10 +11,11 @@ import msgspec
 
 from protocol import control
 from protocol.messages import MalformedMessageError
-from supervisor.crashes import CrashRecord, CrashStore, crash_id, stacks_in, versions
+from supervisor.crashes import CrashRecord, CrashStore, crash_id, versions
 from supervisor.exits import ExitRecord, classify
 from supervisor.journal import Journal
 from supervisor.managed import Managed
+from supervisor.output import stacks_in
 from supervisor.platform.reports import killed_by_jetsam, report_folders
 from supervisor.second_look import SecondLook
 from supervisor.slot import Slot

@@ -125,6 +125,8 @@ class Daemon:
         loop.set_default_executor(ThreadPoolExecutor(1, thread_name_prefix="look"))
         for number in _STOP_SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number.name)
+        # Held back by the image before this one: what came meanwhile comes now.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
         # From a terminal that is closed it means the end; from an operator of a service, that a file has changed.
         if sys.stdin is not None and sys.stdin.isatty():
             loop.add_signal_handler(signal.SIGHUP, self._stop, signal.SIGHUP.name)
@@ -142,6 +144,9 @@ class Daemon:
             tasks.append(loop.create_task(self._roll()))
             await self._stopping.wait()
             if self.handing_over:
+                # Nothing is started or written any more, whatever ends now: the next image finds it out.
+                self._host.holding = True
+                signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
                 self._save(clean=True)
             else:
                 await self._shut_down()
@@ -469,8 +474,11 @@ class Daemon:
 
     def _stop(self, reason: str) -> None:
         if self._stopping.is_set():
+            if self.handing_over:
+                os.kill(os.getpid(), signal.SIGTERM)  # held back by now: for the next image
             self._hurry.set()  # asked twice: do not wait for running requests
             return
+        self.handing_over = False
         self._stop_reason = reason
         self._journal.write("supervisor_stopping", reason=reason)
         self._stopping.set()
@@ -479,14 +487,18 @@ class Daemon:
         """Let running requests end, then end the gateway, then the workers. Deadlines are the lifecycle's."""
         host = self._host
         self._loaded_at_stop = self._loaded()
-        host.holding = True
-        gateway = host.slots[GATEWAY]
-        for managed in list(host.slots.values()):
-            if not managed.model:
-                host.feed(managed, ev.Unwant())
+        host.holding = host.ending = True
+        # Also those that were replaced and have requests left.
+        gateways = [managed for managed in host.slots.values() if not managed.model]
+
+        def unwant(*, force: bool) -> None:
+            for managed in gateways:
+                host.feed(managed, ev.Unwant(force=force))
+
+        unwant(force=False)
         hurry = asyncio.get_running_loop().create_task(self._hurry.wait())
-        hurry.add_done_callback(lambda task: None if task.cancelled() else host.feed(gateway, ev.Unwant(force=True)))
-        await self._changes.wait_for(lambda: gateway.slot.state is ModelState.STOPPED)
+        hurry.add_done_callback(lambda task: None if task.cancelled() else unwant(force=True))
+        await self._changes.wait_for(lambda: not any(managed.child is not None for managed in gateways))
         hurry.cancel()
         for managed in host.models():
             host.feed(managed, ev.Unwant(force=True))
@@ -494,7 +506,8 @@ class Daemon:
         if spare is not None:
             spare.stop()
             await self._changes.wait_for(lambda: spare.child is None)
-        await self._changes.wait_for(lambda: all(m.slot.state is ModelState.STOPPED for m in host.models()))
+        # Not for a state: what somebody wants again meanwhile is not started, and would be waited for in vain.
+        await self._changes.wait_for(lambda: not any(managed.child is not None for managed in host.models()))
         self._save(clean=True)
         with contextlib.suppress(OSError):
             Path(self._home.control_socket).unlink()

@@ -21,10 +21,11 @@ from protocol.states import ModelState, Phase
 from supervisor import events as ev
 from supervisor import lifecycle as life
 from supervisor import reclaim
+from supervisor.blackbox import BlackBox
 from supervisor.breaker import Breaker, after_failure, after_start, start_allowed_at
-from supervisor.children import Child
+from supervisor.children import Child, start_failure
 from supervisor.crash_reports import CrashReports
-from supervisor.crashes import BlackBox, crash_id
+from supervisor.crashes import crash_id
 from supervisor.exits import ExitRecord, record
 from supervisor.footprint import Meter
 from supervisor.guard import Guard
@@ -60,6 +61,8 @@ class Host:
         self.listen_fd = -1
         #: While True nothing is started: processes of an earlier supervisor may still introduce themselves.
         self.holding = True
+        #: Whether all processes are being ended, and no model may be added.
+        self.ending = False
         self.guard = Guard()
         self.meter = Meter(platform, self.guard)
         self._changed = changed
@@ -97,7 +100,9 @@ class Host:
     def remove(self, managed: Managed) -> None:
         """Forget a stopped slot."""
         assert managed.child is None, "a slot with a process is not forgotten"
-        self.slots.pop(managed.name, None)
+        if self.slots.get(managed.name) is not managed:
+            return  # forgotten already, and perhaps another has its name
+        del self.slots[managed.name]
         self.crashes.forget(managed.model)
         self._changed()
 
@@ -207,7 +212,7 @@ class Host:
         try:
             managed.child = self._spawn(managed, incarnation, degraded=degraded)
         except OSError as error:
-            failed = record("start_failed", at=time.time(), detail=f": {error.strerror}")
+            failed = record(start_failure(error), at=time.time(), detail=f": {error.strerror}")
             self.feed(managed, ev.SpawnFailed(failed, self._luck()))
             return
         with self.guard("start"):  # a process that runs must be known to run
@@ -240,7 +245,7 @@ class Host:
         if spare is None or not spare.ready:
             return None
         spec = self.launcher.worker_spec(managed.name, incarnation, managed.model, managed.path, degraded=degraded)
-        child = spare.take(spec)
+        child = spare.take(msgspec.json.encode(spec))
         if child is not None:
             self.home.spec(SPARE, spare.incarnation).unlink(missing_ok=True)
             self.journal.write("spare_used", model=managed.model, pid=child.pid)

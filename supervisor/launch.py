@@ -1,7 +1,10 @@
 """How each kind of process is started: its spec file, environment and output file."""
 
+import contextlib
+import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -55,17 +58,17 @@ class Launcher:
             audit_file=str(home.audit) if config.audit.enabled else "",
             tracing=config.tracing,
         )
-        write_spec(file, spec)
         output = home.logs / f"{name}.out"
-        return spawn(
-            self._platform,
-            "gateway",
-            [str(file)],
-            output=output,
-            environ=self._environ(),
-            gone=gone,
-            pass_fds=(listen_fd,),
-        )
+        with _handed(file, spec) as (path_argument, spec_fds):
+            return spawn(
+                self._platform,
+                "gateway",
+                [path_argument],
+                output=output,
+                environ=self._environ(),
+                gone=gone,
+                pass_fds=(listen_fd, *spec_fds),
+            )
 
     def is_current(self, name: str, incarnation: int) -> bool:
         """Return whether a gateway that runs lets in whom the present configuration lets in."""
@@ -78,11 +81,11 @@ class Launcher:
 
     def worker(self, name: str, incarnation: int, model: str, path: str, gone: Gone, *, degraded: bool) -> Child:
         """Start the worker of a model; raise `OSError` if the system refuses."""
-        self.worker_spec(name, incarnation, model, path, degraded=degraded)
-        file = self._home.spec(name, incarnation)
+        spec = self.worker_spec(name, incarnation, model, path, degraded=degraded)
         output = self._home.logs / f"{name}.out"
-        module = self._config.worker.module
-        return spawn(self._platform, module, [str(file)], output=output, environ=self._worker_environ(), gone=gone)
+        module, environ = self._config.worker.module, self._worker_environ()
+        with _handed(self._home.spec(name, incarnation), spec) as (argument, fds):
+            return spawn(self._platform, module, [argument], output=output, environ=environ, gone=gone, pass_fds=fds)
 
     def spare(self, incarnation: int, gone: Gone) -> Child:
         """Start a worker that has no model yet; raise `OSError` if the system refuses."""
@@ -95,16 +98,16 @@ class Launcher:
             log_level=config.log.level,
             lifecycle=config.lifecycle,
         )
-        write_spec(file, spec)
         output = home.logs / f"{SPARE}.out"
-        arguments = ["--spare", str(file)]
-        module = config.worker.module
-        return spawn(self._platform, module, arguments, output=output, environ=self._worker_environ(), gone=gone)
+        module, environ = config.worker.module, self._worker_environ()
+        with _handed(file, spec) as (argument, fds):
+            arguments = ["--spare", argument]
+            return spawn(self._platform, module, arguments, output=output, environ=environ, gone=gone, pass_fds=fds)
 
-    def worker_spec(self, name: str, incarnation: int, model: str, path: str, *, degraded: bool) -> bytes:
-        """Write the spec file of a worker and return its content; raise `OSError` if it cannot be written."""
+    def worker_spec(self, name: str, incarnation: int, model: str, path: str, *, degraded: bool) -> WorkerSpec:
+        """Return what a worker is told."""
         home, config = self._home, self._config
-        spec = WorkerSpec(
+        return WorkerSpec(
             slot=name,
             model=model,
             incarnation=incarnation,
@@ -122,8 +125,6 @@ class Launcher:
             prefix_disk_bytes=config.prefix.disk_bytes,
             tracing=config.tracing,
         )
-        write_spec(home.spec(name, incarnation), spec)
-        return msgspec.json.encode(spec)
 
     def _memory(self, model: str, *, degraded: bool) -> MemoryLimits:
         """Return what the worker keeps to. A degraded one keeps no prefixes: they may be what it died of."""
@@ -150,6 +151,35 @@ class Launcher:
         except (BadConfigError, OSError) as error:
             event("admin_key_unusable", level="ERROR", reason=str(error))
             return ""
+
+
+@contextlib.contextmanager
+def _handed(file: Path, spec: msgspec.Struct) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the argument by which a process finds its spec, and the descriptors it needs for that.
+
+    It is a file, for people to read; through a pipe where no file can be written: a full disk stops no model.
+    """
+    try:
+        write_spec(file, spec)
+    except OSError as error:
+        event("spec_not_written", level="WARNING", file=file.name, reason=error.strerror)
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+    else:
+        yield str(file), ()
+        return
+    reader, writer = os.pipe()
+    try:
+        try:
+            os.set_blocking(writer, False)
+            content = msgspec.json.encode(spec)
+            if os.write(writer, content) < len(content):
+                raise OSError(errno.EMSGSIZE, "the spec is longer than a pipe")
+        finally:
+            os.close(writer)
+        yield f"/dev/fd/{reader}", (reader,)
+    finally:
+        os.close(reader)
 
 
 def less(models: ModelsConfig) -> ModelsConfig:

@@ -6,8 +6,8 @@ from protocol import control
 from protocol.channel import Channel, ChannelClosedError
 from protocol.messages import Message, encode
 from supervisor.account import Account
+from supervisor.blackbox import BlackBox
 from supervisor.children import Child
-from supervisor.crashes import BlackBox
 from supervisor.reclaim import Owed
 from supervisor.slot import Settings, Slot
 

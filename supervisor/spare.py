@@ -72,7 +72,10 @@ class Spare:
             started = self._platform.process_started(hello.pid)
             if started is None:
                 return False
-            self.child = Child(self._platform, hello.pid, started, self._ended)
+            try:
+                self.child = Child(self._platform, hello.pid, started, self._ended)
+            except ProcessLookupError:
+                return False
             self.incarnation = hello.incarnation
             self._journal.write("process_adopted", slot=SPARE, pid=hello.pid, incarnation=hello.incarnation)
         elif self.child.pid != hello.pid:

@@ -175,6 +175,14 @@ class Gateway:
     def send_raw(self, *parts: bytes) -> None:
         self._socket.send_multipart(parts)
 
+    def flood(self, message: Message, over: threading.Event) -> None:
+        """Send the same message again and again, as fast as it is taken; reads nothing."""
+        body = encode(message)
+        while not over.is_set():
+            with contextlib.suppress(zmq.Again):
+                if self._socket.poll(50, zmq.POLLOUT):
+                    self._socket.send(body, zmq.NOBLOCK)
+
     def until(self, condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
         """Read until the condition holds."""
         end = time.monotonic() + timeout_s

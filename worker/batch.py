@@ -19,8 +19,6 @@ from worker.prefix_cache import NoPrefixes, PrefixCache
 from worker.sampling import Samplers, Spread
 from worker.scoring import PromptScorer, Scoring
 
-#: Prompts whose chunks are processed together. More makes one chunk, and so the wait of the others, longer.
-_PREFILL_BATCH: Final = 8
 #: An engine with nothing else to do waits so long at a time for what is being read.
 _READ_WAIT_S: Final = 0.02
 _ENDS: Final = {None: GOES_ON, "stop": AT_STOP, "length": AT_LENGTH}
@@ -60,14 +58,14 @@ class BatchBackend:
             model,
             stop_tokens=[[token] for token in sorted(eos)],
             completion_batch_size=slots,
-            prefill_batch_size=min(_PREFILL_BATCH, slots),
+            prefill_batch_size=slots,  # how many there are is for `worker.prefill` to say
             prefill_step_size=prefill_tokens,
         )
         self.is_lean = not plain and lean.install(self._generator, model)
         self._samplers = Samplers()
         self._scorer = PromptScorer(model, step_tokens=prefill_tokens)
         self._groups = Groups()
-        self._prompts = PromptTurns(prefill_tokens, min(_PREFILL_BATCH, slots))
+        self._prompts = PromptTurns(prefill_tokens, slots)
         self._jobs: dict[int, int] = {}
         self._uids: dict[int, int] = {}
         self._unanswered: set[int] = set()
@@ -237,7 +235,9 @@ class BatchBackend:
         self._unanswered.discard(job)
         self._prompts.drop(job)
         self._prompt_scores.pop(job, None)
-        self._searching.pop(job, None)
+        searching = self._searching.pop(job, None)
+        if searching is not None:
+            self._prefixes.abandon(searching[1])
         uid = self._uids.pop(job, None)
         if uid is not None:
             del self._jobs[uid]

@@ -93,6 +93,7 @@ def enter(job: int, gateway: bytes, submit: Submit, prepared: Prepared, now: flo
             client=submit.client,
             priority=priority_of(submit),
             salt=submit.salt,
+            coming=submit.coming,
         ),
         gateway=gateway,
         rid=submit.rid,

@@ -73,6 +73,8 @@ class IoThread:
         self._standstill = Standstill(spec.lifecycle.slept_s, now)
         self._lease_over = False
         self._heartbeat_at = now
+        #: Whether the supervisor knows that there are requests: one that does not may unload an idle model.
+        self._told_busy = False
         self._retry_at = NEVER
         self._drain_by = NEVER
         self._end_by = NEVER
@@ -129,15 +131,18 @@ class IoThread:
         self._forgive_standstill()
         if self._mail.fileno in fds:
             self._on_wake(monotonic())
-        if readable:
+        if readable and not self._done:  # the end, which closes the sockets, may have been among the events
             self._inbound.receive()
         if self._control.fileno in fds:
             self._control.flush()
             now = monotonic()
             for message in self._control.receive(now):
                 self._on_control(message, now)
+        now = self._forgive_standstill()
+        if now >= self._mail.due and not self._done:
+            self._take_events(now)
         if not self._done:
-            self._on_timers(self._forgive_standstill())
+            self._on_timers(now)
 
     def _forgive_standstill(self) -> float:
         """Return the time. If this machine stood still, so did the supervisor: its lease begins anew."""
@@ -175,12 +180,10 @@ class IoThread:
         )
 
     def _on_timers(self, now: float) -> None:
-        if now >= self._mail.due:
-            self._take_events(now)
         control, book = self._control, self._book
         if not control.connected and now >= control.dial_at:
             control.dial(now)
-        if now >= self._heartbeat_at:
+        if now >= self._heartbeat_at or (not self._told_busy and _busy(book)):
             self._heartbeat_at = now + self._spec.lifecycle.heartbeat_s
             self._heartbeat()
         if book is not None and now >= book.next_expiry:
@@ -231,6 +234,7 @@ class IoThread:
     def _heartbeat(self) -> None:
         self._inbound.log_dropped()
         book = self._book
+        self._told_busy = _busy(book)
         self._control.send(self._report.heartbeat(book))
         if book is not None:
             self._link.probe(book.gateways, self._status.step)
@@ -356,6 +360,10 @@ class IoThread:
         self._control.finish(_FLUSH_S / 2)
         self._tracer.close()
         self._done = True
+
+
+def _busy(book: Book | None) -> bool:
+    return book is not None and bool(book.running or book.waiting)
 
 
 def _told(message: Stop) -> LmxError | None:

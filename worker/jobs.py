@@ -73,6 +73,8 @@ class Job(msgspec.Struct, frozen=True, gc=False):
     priority: int = 0
     #: Jobs with different ones have no cache in common.
     salt: str = ""
+    #: How many others follow at once, as far as the gateway knows.
+    coming: int = 0
     reused: Reused = msgspec.field(default_factory=Reused)
 
     @property

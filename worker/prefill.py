@@ -6,9 +6,13 @@ under way, so that a hundred long prompts of one client leave another's first on
 """
 
 from collections.abc import Callable
+from typing import Final
 
 from worker.jobs import Job
 from worker.line import Line
+
+#: Prompts that share a chunk when they do not fit into it together. More would let all of them wait for each other.
+_SHARING: Final = 8
 
 
 class PromptTurns:
@@ -61,6 +65,11 @@ class PromptTurns:
     def _fits(self, job: Job) -> bool:
         under_way = {one: left for one, left in self._left.items() if left > 1}
         if len(under_way) >= self._places:
+            return False
+        together = [*under_way.values(), _length(job)]
+        if len(together) * max(together) <= self._step_tokens:  # padded to the longest
+            return True
+        if len(under_way) >= _SHARING:
             return False
         if not any(self._line.held_by(one) == job.client for one in under_way):
             return True

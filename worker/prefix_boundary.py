@@ -78,6 +78,9 @@ class Boundaries:
     def take_in(self, _searches: Sequence[Sought], _wait_s: float = 0.0) -> None:
         """Nothing is ever on its way."""
 
+    def abandon(self, _sought: Sought) -> None:
+        """Nothing was sent for."""
+
     def give(self, sought: Sought) -> tuple[list[Any] | None, int]:
         """Return the longest state that the sequence passes, and its number of tokens."""
         now = self._clock()

@@ -39,6 +39,9 @@ class PrefixCache(Protocol):
     def give(self, search: Any, /) -> tuple[list[Any] | None, int]:
         """Return a cache of the beginning of the sequence, to be copied, and how many tokens are in it."""
 
+    def abandon(self, search: Any, /) -> None:
+        """Learn that nobody wants the result of a search any more."""
+
     def follow(self, uid: int, search: Any, tokens: int, /) -> None:
         """Learn from this sequence of the batch, which was given so many tokens."""
 
@@ -83,6 +86,9 @@ class NoPrefixes:
     def give(self, _search: Any) -> tuple[list[Any] | None, int]:
         """Give nothing."""
         return None, 0
+
+    def abandon(self, _search: Any) -> None:
+        """Nothing was sent for."""
 
     def follow(self, uid: int, search: Any, tokens: int) -> None:
         """Learn nothing."""

@@ -19,6 +19,8 @@ from worker.prefix_shelf import Shelf
 
 #: Bytes that may wait to be written; what comes then is not written now.
 _MAX_WAITING_BYTES: Final = 256 * 1024 * 1024
+#: Bytes that were read and that the main thread has not taken over; more are read when it has.
+_MAX_UNREAD_BYTES: Final = 128 * 1024 * 1024
 #: After an error of the disk nothing is written for so long.
 _REST_S: Final = 60.0
 _MAX_TOUCHES: Final = 4096
@@ -61,10 +63,11 @@ class _Waiting(NamedTuple):
 class PrefixDisk:
     """All methods are for the main thread."""
 
-    def __init__(self, shelf: Shelf, binding: bytes) -> None:
-        """Open the folder of one model; raise `OSError`."""
+    def __init__(self, shelf: Shelf, binding: bytes, block_bytes: int) -> None:
+        """Open the folder of one model, whose blocks all have so many bytes; raise `OSError`."""
         self._shelf = shelf
         self._binding = binding
+        self._block_bytes = block_bytes
         #: What can be asked for.
         self._names: set[bytes] = shelf.open()
         self._ours: set[bytes] = set()
@@ -73,6 +76,9 @@ class PrefixDisk:
         self._results: SimpleQueue[Loaded | _Saved | set[bytes]] = SimpleQueue()
         self._condition = threading.Condition()
         self._loads: deque[_Load] = deque()
+        #: Tickets somebody still waits for.
+        self._wanted: set[int] = set()
+        self._unread = 0
         self._others: deque[_Save | list[tuple[bytes, int]]] = deque()
         self._closing = False
         self._rest_until = 0.0
@@ -93,9 +99,16 @@ class PrefixDisk:
             return 0
         self._tickets += 1
         with self._condition:
+            self._wanted.add(self._tickets)
             self._loads.append(_Load(self._tickets, list(names)))
             self._condition.notify()
         return self._tickets
+
+    def forget(self, ticket: int) -> None:
+        """Read no more of what was asked for with this ticket; what was read still comes."""
+        with self._condition:
+            self._wanted.discard(ticket)
+            self._condition.notify()
 
     def save(self, name: bytes, depth: int, payload: Sequence[memoryview], owner: Any, nbytes: int) -> bool:
         """Have a block written; return whether it will be. `owner` keeps the payload in memory."""
@@ -128,6 +141,10 @@ class PrefixDisk:
             if isinstance(result, Loaded):
                 if result.payload is None:
                     self._names.discard(result.name)
+                else:
+                    with self._condition:
+                        self._unread -= result.payload.nbytes
+                        self._condition.notify()
                 return result
             if isinstance(result, set):
                 # Also without what other processes have removed since.
@@ -197,9 +214,11 @@ class PrefixDisk:
 
     def _load(self, load: _Load) -> None:
         for number, name in enumerate(load.names, 1):
+            if not self._may_read(load.ticket):
+                return
             payload = None
             try:
-                payload = read_block(self._shelf.folder, self._binding, name)
+                payload = read_block(self._shelf.folder, self._binding, name, self._block_bytes)
             except BadBlockError as error:
                 event("prefix_block_bad", level="WARNING", why=str(error))
                 with contextlib.suppress(OSError):
@@ -207,9 +226,21 @@ class PrefixDisk:
             except OSError:
                 pass  # another process made room
             last = payload is None or number == len(load.names)
+            with self._condition:
+                self._unread += 0 if payload is None else payload.nbytes
+                if last:
+                    self._wanted.discard(load.ticket)
             self._results.put(Loaded(load.ticket, name, payload, last))
             if last:
                 return
+
+    def _may_read(self, ticket: int) -> bool:
+        """Wait until there is room for what is read; return whether anybody still wants it."""
+        with self._condition:
+            self._condition.wait_for(
+                lambda: self._closing or ticket not in self._wanted or self._unread < _MAX_UNREAD_BYTES
+            )
+            return ticket in self._wanted and not self._closing
 
     def _save(self, save: _Save) -> bool:
         if time.monotonic() < self._rest_until:

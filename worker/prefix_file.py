@@ -5,8 +5,10 @@ payload, the name of the block and what it is bound to: model, layout and versio
 place and renamed; they are not synced, since one that a power failure emptied is found by its hash.
 """
 
+import errno
 import hashlib
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -68,11 +70,28 @@ def write_block(folder: Path, binding: bytes, name: bytes, payload: Sequence[mem
     return len(head) + size
 
 
-def read_block(folder: Path, binding: bytes, name: bytes) -> memoryview:
-    """Return the payload; raise `BadBlockError` for a file that is damaged or another's, `OSError` if there is none."""
-    with path_of(folder, name).open("rb") as file:
-        data = memoryview(file.read())
+def read_block(folder: Path, binding: bytes, name: bytes, payload_bytes: int) -> memoryview:
+    """Return the payload, which has so many bytes.
+
+    Raises `BadBlockError` for a file that is damaged or another's, `OSError` if there is none.
+    """
     begin = len(_MAGIC) + _LENGTH_BYTES
+    most = begin + _MAX_HEADER_BYTES + payload_bytes
+    # Opening a pipe would wait for its other end, and a link could lead to a device that never ends.
+    try:
+        descriptor = os.open(path_of(folder, name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise BadBlockError("it is a link") from None
+        raise
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > most:
+            raise BadBlockError("it is no file of a block's size")
+        with open(descriptor, "rb", closefd=False) as file:
+            data = memoryview(file.read(most))
+    finally:
+        os.close(descriptor)
     if bytes(data[: len(_MAGIC)]) != _MAGIC:
         raise BadBlockError("it is no block of a prefix")
     length = int.from_bytes(data[len(_MAGIC) : begin], "little")
@@ -85,8 +104,8 @@ def read_block(folder: Path, binding: bytes, name: bytes) -> memoryview:
     if (header.binding, header.name) != (binding, name):
         raise BadBlockError("it belongs to another model or prefix")
     payload = data[begin + length :]
-    if len(payload) != header.payload_bytes:
-        raise BadBlockError("it is truncated")
+    if not len(payload) == header.payload_bytes == payload_bytes:
+        raise BadBlockError("it has another size than a block")
     if hashlib.sha256(payload).digest() != header.sha256:
         raise BadBlockError("its content is damaged")
     return payload

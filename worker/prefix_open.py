@@ -46,7 +46,7 @@ def open_prefixes(spec: WorkerSpec, model: Any) -> PrefixCache:
         event("prefix_cache_off", level="WARNING", why=error.strerror or "the model's folder cannot be read")
         return NoPrefixes()
     binding = hashlib.sha256(found + layout.description.encode()).digest()
-    disk = _open_disk(spec, binding)
+    disk = _open_disk(spec, binding, layout.block_bytes)
     now, size = time.monotonic(), spec.prefix_disk_bytes
     wear = Wear(min(_MAX_BURST, size // _BURST_SHARE), size, now)
     return Prefixes(layout, binding, limit, disk=disk, wear=wear, spare=spare)
@@ -57,12 +57,12 @@ def _spare(memory_bytes: int) -> Callable[[], int]:
     return lambda: allowed - mx.get_active_memory()
 
 
-def _open_disk(spec: WorkerSpec, binding: bytes) -> PrefixDisk | None:
+def _open_disk(spec: WorkerSpec, binding: bytes, block_bytes: int) -> PrefixDisk | None:
     if not spec.prefix_folder or not spec.prefix_disk_bytes:
         return None
     shelf = Shelf(Path(spec.prefix_folder), spec.slot, binding, spec.prefix_disk_bytes)
     try:
-        return PrefixDisk(shelf, binding)
+        return PrefixDisk(shelf, binding, block_bytes)
     except OSError as error:
         event("prefix_disk_refused", level="WARNING", why=error.strerror or "", rest_s=None)
         return None

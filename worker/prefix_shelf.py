@@ -15,8 +15,9 @@ from worker.prefix_file import TEMPORARY, name_of, path_of
 
 #: Small models make small files; a folder of more is slow to look through.
 MAX_FILES: Final = 20_000
-#: What others write meanwhile is seen this often.
+#: What others write meanwhile is seen this often, and whenever so large a part of the limit was written.
 _COUNT_EVERY_S: Final = 60.0
+_COUNT_EVERY_PART: Final = 16
 #: Of a file, besides its payload: some 120.
 _HEAD_BYTES: Final = 512
 #: When there is no room, so much of the limit is made free at once.
@@ -38,6 +39,9 @@ class Shelf:
         self._bytes = 0
         self._files = 0
         self._counted_at = 0.0
+        #: Bytes written since, and how many others may have written as many.
+        self._written = 0
+        self._others = 0
 
     def open(self) -> set[bytes]:
         """Make the folder, remove those of what this model was before, return the names in it; raise `OSError`."""
@@ -51,12 +55,20 @@ class Shelf:
 
     def has_room(self, nbytes: int) -> bool:
         """Return whether a file of that size may be written, as far as is known."""
+        nbytes += _HEAD_BYTES
         fresh = time.monotonic() - self._counted_at < _COUNT_EVERY_S
-        return fresh and self._bytes + nbytes + _HEAD_BYTES <= self._limit_bytes and self._files < MAX_FILES
+        fresh = fresh and self._written + nbytes <= max(nbytes, self._limit_bytes // _COUNT_EVERY_PART)
+        return fresh and self._bytes + nbytes <= self._ours_to_fill and self._files < MAX_FILES
+
+    @property
+    def _ours_to_fill(self) -> int:
+        """The limit without what others may have written since they were last seen, each between two counts."""
+        return self._limit_bytes - min(self._others * (self._limit_bytes // _COUNT_EVERY_PART), self._limit_bytes // 2)
 
     def wrote(self, name: bytes, depth: int, nbytes: int) -> None:
         """Note a file that was written; raise `OSError`."""
         self._bytes += nbytes
+        self._written += nbytes
         self._files += 1
         self.touch(name, depth)
 
@@ -66,8 +78,12 @@ class Shelf:
         os.utime(path_of(self.folder, name), ns=(at, at))
 
     def remove(self, name: bytes) -> None:
-        """Remove a block; raise `OSError`."""
-        path_of(self.folder, name).unlink(missing_ok=True)
+        """Remove a block, or what is in its place; raise `OSError`."""
+        path = path_of(self.folder, name)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
     def sweep(self, coming: int = 0) -> set[bytes]:
         """Count what is there, and make room if it is too much; return what is left of this model.
@@ -78,10 +94,12 @@ class Shelf:
         self._bytes = sum(size for _, size, _ in files)
         self._files = len(files)
         self._counted_at = time.monotonic()
+        self._written = 0
+        self._others = len({file.parent.parent for _, _, file in files} - {self._slot})
         coming += _HEAD_BYTES
         ours = {file for _, _, file in files if file.parent == self.folder}
-        if self._bytes + coming > self._limit_bytes or self._files >= MAX_FILES:
-            least = int(self._limit_bytes * (1 - _SPARE_SHARE))
+        if self._bytes + coming > self._ours_to_fill or self._files >= MAX_FILES:
+            least = int(self._ours_to_fill * (1 - _SPARE_SHARE))
             for _, size, file in sorted(files):
                 if self._bytes + coming <= least and self._files < MAX_FILES * (1 - _SPARE_SHARE):
                     break

@@ -147,7 +147,7 @@ class Prefixes:
 
     def give(self, search: Search) -> tuple[list[Any] | None, int]:
         """Return a cache of the beginning of the sequence and how many tokens are in it, at most those asked for."""
-        self._open.discard(search.ticket)
+        self.abandon(search)
         now = self._clock()
         found = self._tree.find(search.names, now)
         tokens = min(len(found) * BLOCK_TOKENS, search.most)
@@ -166,6 +166,12 @@ class Prefixes:
             self._save(block, now)
         self._touch(found, now)
         return layers, tokens
+
+    def abandon(self, search: Search) -> None:
+        """Wait no longer for what was sent for."""
+        if self._disk is not None and search.ticket in self._open:
+            self._open.remove(search.ticket)
+            self._disk.forget(search.ticket)
 
     # -- while it runs ----------------------------------------------------------------------------------------
 

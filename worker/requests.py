@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Final
 
+import msgspec
+
 from protocol.data import (
     Abort,
     Accepted,
@@ -27,7 +29,7 @@ from protocol.logs import event, exception_event
 from protocol.tracing import NullTracer, Tracer, traced
 from worker.deltas import end_whole, join, make_delta
 from worker.entry import Limits, Request, enter
-from worker.jobs import AT_STOP, GOES_ON, Command, Prepared, Remove, Scored, Stepped, Vocabulary
+from worker.jobs import AT_STOP, GOES_ON, Command, Job, Prepared, Remove, Scored, Stepped, Vocabulary
 from worker.room import Room
 from worker.slots import Slots
 
@@ -281,7 +283,7 @@ class Book:
     def _fill_slots(self, now: float) -> None:
         while (job := self._slots.take(self._waiting)) is not None:
             request = self._running[job] = self._waiting.pop(job)
-            self._command(request.job)
+            self._command(self._trim(request, now))
             prompt_tokens = len(request.job.prompt)
             self._send(request.gateway, Accepted(self._incarnation, request.rid, prompt_tokens))
             event(
@@ -294,6 +296,12 @@ class Book:
                 waited_ms=round((now - request.received_at) * 1000),
                 **traced(request.traceparent),
             )
+
+    def _trim(self, request: Request, now: float) -> Job:
+        """Return its job, which is not to wait for others that will have no slot, or came while it had none."""
+        job = request.job
+        coming = min(job.coming, self._slots.free) if request.received_at == now else 0
+        return job if coming == job.coming else msgspec.structs.replace(job, coming=coming)
 
     def _expect(self, request: Request) -> None:
         at = request.deadline_at

@@ -34,6 +34,11 @@ class Slots:
         return self._limit
 
     @property
+    def free(self) -> int:
+        """Slots that nobody has."""
+        return max(0, self._limit - self._line.holding)
+
+    @property
     def room(self) -> Room:
         """The cache that is promised."""
         return self._room
@@ -52,10 +57,9 @@ class Slots:
 
         Before tokenizing: under a flood the cheapest answer is the one that has to be given most often.
         """
-        free = max(0, self._limit - self._line.holding)
         if coming >= self._limits.slots + self._limits.queue_depth:
             raise self.busy("as many are being prepared")
-        if len(self._line) + coming < self._limits.queue_depth + free:
+        if len(self._line) + coming < self._limits.queue_depth + self.free:
             return
         if self._line.displaced_by(submit.client, priority_of(submit)) is None:
             raise self.busy("the queue is full")
@@ -80,7 +84,7 @@ class Slots:
 
     def displace(self, request: Request) -> int | None:
         """Return who has to leave the line for this request, None while there is a place."""
-        if len(self._line) < self._limits.queue_depth + max(0, self._limit - self._line.holding):
+        if len(self._line) < self._limits.queue_depth + self.free:
             return None
         return self._line.displaced_by(request.client, request.priority)
 

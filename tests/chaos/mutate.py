@@ -63,6 +63,13 @@ MUTATIONS = (
         "test_rows_gateway.py::test_row_38_gateway_stopped",
     ),
     Mutation(
+        "a process that cannot be watched is left to itself",
+        "supervisor/children.py",
+        "        process.kill()\n        process.wait()\n        raise\n",
+        "        raise\n",
+        "test_rows_gateway.py::test_row_39_what_cannot_be_watched_does_not_run",
+    ),
+    Mutation(
         "the home is not locked",
         "supervisor/lock.py",
         "            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
@@ -203,6 +210,20 @@ MUTATIONS = (
         "test_rows_clients.py::test_row_72_disconnect_in_queue_and_decode[True]",
     ),
     Mutation(
+        "whatever a slow reader does not take waits for it",
+        "gateway/requests.py",
+        "        elif self._unsent > self._limit and self._bell.blocked:\n",
+        "        elif False:\n",
+        "test_rows_clients.py::test_row_73_slow_reader",
+    ),
+    Mutation(
+        "a write may take for ever",
+        "gateway/stream.py",
+        "            if now - self._writing_since >= WRITE_STALL_S:\n",
+        "            if False:\n",
+        "test_rows_clients.py::test_row_73_reader_that_has_stopped",
+    ),
+    Mutation(
         "a head may take for ever",
         "gateway/server.py",
         "        if self._head_timer is None:\n",
@@ -215,6 +236,13 @@ MUTATIONS = (
         "        if declared.isdigit() and int(declared) > self._limit:\n",
         "        if False:\n",
         "test_rows_clients.py::test_row_75_body_too_large",
+    ),
+    Mutation(
+        "a worker's queue has no end",
+        "worker/slots.py",
+        "        if len(self._line) + coming < self._limits.queue_depth + free:\n",
+        "        if True:\n",
+        "test_rows_clients.py::test_row_79_burst",
     ),
 )  # fmt: skip
 

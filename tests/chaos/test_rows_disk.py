@@ -145,6 +145,32 @@ def test_row_62_state_disk_full_or_read_only(tiny_model: Path, figure: Figure, h
         assert lmx.stop() == 0
 
 
+def test_row_62_home_disk_full(tiny_model: Path, figure: Figure) -> None:
+    """Everything of LMX is on the full disk, also what the next process is told and writes: models still come back."""
+    with contextlib.ExitStack() as stack:
+        lmx = Lmx(**PATIENT)
+        stack.callback(lmx.close)
+        stack.enter_context(small_disk(lmx.home))
+        lmx.home.chmod(0o700)
+        lmx.start()
+        lmx.load(tiny_model, OTHER)
+        lmx.load(tiny_model, "second")
+        victim = lmx.model("second")
+        with undisturbed(lmx):
+            filler = fill(lmx.home)
+            killed_at = time.monotonic()
+            os.kill(victim["pid"], signal.SIGKILL)
+            lmx.wait_model("second", other_than=victim["incarnation"])
+            figure("row 62", "a model back though the home's disk is full", time.monotonic() - killed_at, target=10.0)
+            assert ask(lmx.url, "second").wait().whole
+            durable(lmx, wanted=False, within_s=10)
+        os.kill(gateway_of(lmx)["pid"], signal.SIGKILL)
+        assert ask(lmx.url, "second").wait().whole
+        filler.unlink()
+        durable(lmx, wanted=True, within_s=12)
+        assert lmx.stop() == 0
+
+
 def test_row_63_log_disk_full(stage: Stage, figure: Figure) -> None:
     """Gateway and workers write logs alone: with no file allowed to grow, requests take as long as before."""
     lmx = stage.lmx

@@ -67,6 +67,21 @@ Calls.admit = admit
 """
 
 
+#: While a file is there, the supervisor has no descriptor to watch a process with. Whom it meant to is written down.
+BLIND_PATCH = """
+import errno, os
+from supervisor.platform.linux import Linux
+real = Linux.watch_exit
+def watch_exit(self, loop, pid, gone):
+    if os.path.exists(f"{HERE}/blind"):
+        with open(f"{HERE}/unwatched", "a") as file:
+            file.write(f"{pid}\\n")
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return real(self, loop, pid, gone)
+Linux.watch_exit = watch_exit
+"""
+
+
 # -- for all rows -------------------------------------------------------------------------------------------------
 
 
@@ -395,6 +410,38 @@ def test_row_39_descriptors_exhausted_in_the_supervisor(tiny_model: Path) -> Non
                 assert workers_of(lmx, "second") == [lmx.model("second")["pid"]], spare
                 assert ask(lmx.url, "second").wait().whole
         assert supervisor.is_running()
+        assert gateway_of(lmx)["pid"] == gateway["pid"]
+
+
+def test_row_39_what_cannot_be_watched_does_not_run(tiny_model: Path, tmp_path: Path) -> None:
+    """A start may take the last descriptor: nobody would notice the end of that process, and a second would come."""
+    site = tmp_path / "site"
+    with stage_of(tiny_model, **patched(site, supervisor=BLIND_PATCH)) as stage:
+        lmx = stage.lmx
+        load(stage, "second")
+        victim, gateway, since = lmx.model("second"), gateway_of(lmx), time.time()
+
+        def unwatched() -> list[int]:
+            file = site / "unwatched"
+            return [int(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+        with undisturbed(lmx):
+            (site / "blind").touch()
+            os.kill(victim["pid"], signal.SIGKILL)
+            for _ in deadline(20):
+                started = unwatched()
+                if len(started) > 3:
+                    break
+            assert len(set(started)) > 3, "each try is another process"
+            assert [pid for pid in started[:-1] if psutil.pid_exists(pid)] == [], "it was left to itself"
+            assert lmx.model("second")["last_exit"]["class"] == "start_failed"
+            (site / "blind").unlink()
+            lmx.wait_model("second", other_than=victim["incarnation"])
+            assert workers_of(lmx, "second") == [lmx.model("second")["pid"]]
+            assert ask(lmx.url, "second").wait().whole
+        assert [pid for pid in unwatched() if psutil.pid_exists(pid)] == []
+        for name in ("process_adopted", "stranger_dismissed"):
+            assert events_since(lmx, since, name) == []
         assert gateway_of(lmx)["pid"] == gateway["pid"]
 
 

@@ -246,6 +246,7 @@ def test_row_28_a_nearly_full_machine_sheds_inference_and_health_stays_open(tiny
     environment = {"LMX_MEMORY__CRITICAL": "2", **patched(site, supervisor=ADAPTER_PATCH)}
     with stage_of(tiny_model, **environment) as stage:
         lmx = stage.lmx
+        load(stage, "second")
         total = lmx.wait_status(lambda doc: doc["memory"]["total_bytes"] is not None)["memory"]["total_bytes"]
         (site / "available").write_text(str(total // 100 * 3))
         lmx.wait_status(lambda doc: doc["memory"]["shedding"])
@@ -256,6 +257,14 @@ def test_row_28_a_nearly_full_machine_sheds_inference_and_health_stays_open(tiny
         assert (call.code, call.headers["retry-after"]) == ("load_shedding", "10"), repr(call)
         assert httpx.get(f"{lmx.url}/healthz", timeout=5).status_code == 200
         assert httpx.get(f"{lmx.url}/v1/models", timeout=5).status_code == 200
+        streamed = ask(lmx.url, OTHER).wait()
+        assert (streamed.status, streamed.code) == (503, "load_shedding"), repr(streamed)
+        # What relieves is open: see who would have to go, and let one go.
+        key = (lmx.home / "admin.key").read_text().strip()
+        with httpx.Client(base_url=lmx.url, timeout=30, headers={"Authorization": f"Bearer {key}"}) as admin:
+            assert admin.get("/admin/models/fit", params={"model": OTHER}).status_code == 200
+            assert admin.post("/admin/models/unload", json={"model": "second"}).status_code == 200
+        assert [m["id"] for m in lmx.wait_status(lambda doc: len(doc["models"]) == 1)["models"]] == [OTHER]
         (site / "available").unlink()
         lmx.wait_status(lambda doc: not doc["memory"]["shedding"])
         for _ in deadline(5):

@@ -300,6 +300,17 @@ async def test_only_administrators_and_no_foreign_page_may_listen(tmp_path: Path
         assert (await lmx.client.get("/admin/audit", headers=offered)).status_code == 401
 
 
+async def test_a_listener_is_not_taken_for_a_request_that_is_about_to_come(tmp_path: Path) -> None:
+    """Workers wait some milliseconds for requests that the gateway has read already."""
+    fill(tmp_path / "audit.db", 1)
+    async with audited(tmp_path) as lmx, listening(lmx) as socket:
+        await heard(socket, 1)
+        worker = await lmx.start_worker()
+        answering = asyncio.create_task(worker.answer("hello"))
+        assert (await lmx.client.post(CHAT, json=chat_body())).status_code == 200
+        assert (await answering).coming == 0
+
+
 async def test_a_gateway_that_ends_says_so(tmp_path: Path) -> None:
     fill(tmp_path / "audit.db", 1)
     async with audited(tmp_path) as lmx, listening(lmx) as socket:

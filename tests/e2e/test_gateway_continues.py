@@ -319,6 +319,42 @@ async def test_a_planned_replacement_is_nobodys_fault(word: str) -> None:
         assert "requests_interrupted" not in names(lmx)
 
 
+@pytest.mark.parametrize("complete", [True, False])
+async def test_how_a_process_ended_does_not_depend_on_who_tells_it_first(complete: bool) -> None:
+    """On a busy machine the catalog with its successor may come before the news of its end and its last words."""
+    async with stack() as lmx:
+        first = await lmx.start_worker()
+        whole = lmx.chat()
+        rid = (await first.accept()).rid
+        second = await lmx.start_worker("tiny", 2)
+        other = lmx.chat(seed=1)
+        answered = await second.accept()  # the gateway knows of the second, and not yet that the first has ended
+        if complete:
+            await end(first, rid, 1, "all of it")
+        else:
+            first.die()
+            assert (await second.accept()).rid == rid
+            await end(second, rid, 1, "all of it")
+        assert (await whole).json()["choices"][0]["message"]["content"] == "all of it"
+        await end(second, answered.rid, 1, "other")
+        assert (await other).json()["choices"][0]["message"]["content"] == "other"
+        named = [entry["suspects"] for entry in lmx.gateway.events() if entry["event"] == "requests_interrupted"]
+        assert named == ([] if complete else [1]), "who was in a crash is named"
+        await until(lambda: "link_closed" in names(lmx))
+
+
+async def test_a_replaced_process_that_says_nothing_more_is_given_up() -> None:
+    async with stack() as lmx:
+        first = await lmx.start_worker()
+        whole = lmx.chat()
+        rid = (await first.accept()).rid
+        second = await lmx.start_worker("tiny", 2)
+        assert (await second.accept()).rid == rid
+        await end(second, rid, 1, "all of it")
+        assert (await whole).json()["choices"][0]["message"]["content"] == "all of it"
+        assert "requests_interrupted" not in names(lmx)
+
+
 async def test_last_words_about_one_request_are_about_all() -> None:
     async with stack() as lmx:
         first = await lmx.start_worker()

@@ -155,6 +155,21 @@ def test_a_model_with_a_request_in_flight_is_never_evicted(
     lmx.wait_status(lambda doc: doc["models"] == [])
 
 
+def test_a_request_that_has_just_begun_keeps_its_model_too(
+    new_lmx: Callable[..., Lmx], folders: Callable[[str], Path]
+) -> None:
+    fault = {"tokens_per_s": 20, "answer_tokens": 1000, **BALLAST}
+    # So seldom that the supervisor would hear of the request only after the load.
+    lmx = new_lmx(**FAULT, **budget(250), LMX_LIFECYCLE__HEARTBEAT_S="4", LMX_FAULT=json.dumps(fault)).start()
+    lmx.cli("load", str(folders("busy")))
+    folder = folders("more")
+    call = ask(lmx, "busy", stream=True, max_tokens=100).wait_chunks(1)
+    refused = lmx.cli("load", str(folder), check=False)
+    assert refused.returncode == 1
+    assert "unload first: busy" in refused.stderr
+    assert call.wait().whole
+
+
 def test_a_pinned_model_outlives_its_time(new_lmx: Callable[..., Lmx], folders: Callable[[str], Path]) -> None:
     lmx = new_lmx(**FAULT, LMX_MEMORY__TTL_S="1", LMX_MEMORY__PINNED="by-config").start()
     lmx.cli("load", str(folders("by-config")))

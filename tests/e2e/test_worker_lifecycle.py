@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -176,6 +177,27 @@ def test_stop_fails_what_runs_exits_0_and_leaves_no_socket() -> None:
         assert (answer.error.code, answer.error.retryable) == ("model_restarting", True)
         assert worker.exit_code() == WorkerExit.ASKED
         assert not worker.endpoint.exists()
+
+
+def test_a_worker_that_ends_while_frames_arrive_exits_as_it_was_asked_to() -> None:
+    """There is always one more frame: also in the turn in which the sockets are closed."""
+    with fault_worker() as worker:
+        gateway = worker.gateway()
+        gateway.ask(max_tokens=1)
+        over = threading.Event()
+        unknown = data.Abort(INCARNATION, list(range(1000, 2000)))
+        thread = threading.Thread(target=gateway.flood, args=(unknown, over))
+        thread.start()
+        try:
+            worker.heartbeat()
+            assert worker.supervisor is not None
+            worker.supervisor.send(control.Stop("asked"))
+            code = worker.exit_code()
+        finally:
+            over.set()
+            thread.join()
+        assert code == WorkerExit.ASKED
+        assert worker.events("thread_died") == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -421,3 +421,12 @@ async def test_a_new_gateway_tells_what_earlier_ones_wrote(path: Path) -> None:
     rows = await told_of(await audit.listen())  # at once: the file has not been read yet
     assert (len(rows), rows[0], rows[-1]) == (RECENT, "r51", "r900")
     audit.close(5)
+
+
+async def test_what_was_written_while_the_last_rows_were_read_is_told_once(path: Path) -> None:
+    fill(path, [row(number) for number in range(3)])
+    audit = Audit(AuditStore(path, AuditConfig(), clock=lambda: NOW))
+    audit._recent.append(row(2))
+    audit.start()
+    assert await told_of(await audit.listen()) == ["r0", "r1", "r2"]
+    audit.close(5)

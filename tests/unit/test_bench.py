@@ -18,7 +18,7 @@ from bench.compare import Comparison, Progress
 from bench.contenders import Contender, ContenderFailedError, Measured
 from bench.gate import read_baseline, table, verdict
 from bench.load import run_load, summary
-from bench.measures import percentile
+from bench.measures import percentile, slope
 from bench.plot import bars, nice
 from bench.report import markdown, tokens_per_s
 from bench.soak import growth
@@ -240,6 +240,12 @@ def test_percentiles_are_values_that_were_measured() -> None:
     values = [float(number) for number in range(1, 101)]
     assert [percentile(values, share) for share in (0.5, 0.95, 0.99, 1.0)] == [50, 95, 99, 100]
     assert percentile([3.0], 0.99) == 3.0
+
+
+def test_a_slope_is_in_percent_of_the_mean_per_thousand() -> None:
+    assert slope([(0, 95.0), (1000, 100.0), (2000, 105.0)]) == pytest.approx(5.0)
+    assert slope([(0, 100.0), (500, 100.0)]) == 0
+    assert slope([(7, 1.0), (7, 2.0)]) == 0
 
 
 def test_a_contender_that_nobody_knows_is_refused() -> None:

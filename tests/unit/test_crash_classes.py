@@ -21,7 +21,7 @@ SAMPLES: list[dict[str, Any]] = json.loads((CORPUS / "expected.json").read_text(
 CLASSES = {
     *("metal_oom", "gpu_timeout", "gpu_interactivity", "gpu_fault", "gpu_ignored", "gpu_victim", "buffer_limit"),
     *("resource_limit", "jetsam", "killed", "native_crash", "python_error", "load_error", "hang", "stall", "lease"),
-    *("asked", "ended", "start_failed", "terminated", "lost", "panic", "thread_died", "protocol_error"),
+    *("asked", "ended", "start_failed", "no_resources", "terminated", "lost", "panic", "thread_died", "protocol_error"),
     *("canary_mismatch", "no_device", "bad_config", "usage", "remote_code", "memory_limit", "memory_pressure"),
 }
 #: A search may take this long for the longest tail.
@@ -82,7 +82,7 @@ def test_the_corpus_is_complete_and_every_sample_has_a_source() -> None:
 
 def test_every_class_that_an_exit_can_show_is_in_the_corpus() -> None:
     seen = {sample["class"] for sample in SAMPLES if "class" in sample}
-    assert seen == CLASSES - {"panic", "memory_limit", "memory_pressure"}  # no exit says so
+    assert seen == CLASSES - {"panic", "memory_limit", "memory_pressure", "no_resources"}  # no exit says so
 
 
 @pytest.mark.parametrize("sample", of(".txt"))

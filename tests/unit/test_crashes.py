@@ -17,21 +17,18 @@ from hypothesis import strategies as st
 from protocol.paths import Home
 from protocol.states import CliExit
 from supervisor import crashes as module
+from supervisor.blackbox import BlackBox
 from supervisor.cli import crashes as command
 from supervisor.crashes import (
     MAX_CRASHES,
     MAX_STDERR_BYTES,
-    BlackBox,
     CrashRecord,
     CrashStore,
     UnknownCrashError,
     crash_id,
-    safe_tail,
-    stacks_in,
-    start_of,
-    tail_of,
     versions,
 )
+from supervisor.output import safe_tail, stacks_in, start_of, tail_of
 from supervisor.platform.reports import killed_by_jetsam, panics_since, report_folders
 
 CORPUS = Path(__file__).resolve().parents[1] / "corpus" / "crashes"

@@ -43,3 +43,17 @@ async def test_hangs_of_several_models_open_the_breaker_and_ends_that_were_asked
         host._ended(managed, -9)
     host.close()
     assert ("host_breaker_open" in (home.state / "events.jsonl").read_text()) == opens
+
+
+async def test_a_slot_that_was_forgotten_takes_no_other_of_its_name_with_it(home: Home) -> None:
+    """Two operators unload one model, and a third loads it in between."""
+    config = Config()
+    host = Host(home, config, current_platform(), Journal(home.state / "events.jsonl"), lambda: None)
+    old = host.add("one", worker_policy(config.lifecycle), model="one")
+    host.remove(old)
+    new = host.add("one", worker_policy(config.lifecycle), model="one")
+    host.remove(old)
+    assert host.find("one") is new
+    host.remove(new)
+    assert host.find("one") is None
+    host.close()

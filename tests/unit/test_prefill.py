@@ -39,10 +39,19 @@ def test_short_prompts_go_together_up_to_one_chunk() -> None:
 
 
 def test_no_more_prompts_at_once_than_there_are_places() -> None:
-    turns = PromptTurns(CHUNK, 8)
+    turns = PromptTurns(CHUNK, 10)
     for number in range(12):
         turns.add(job(number, 10, client=str(number)))
+    assert len(started(turns)) == 10
+    assert turns.chunk() == CHUNK
+
+
+def test_no_more_than_eight_prompts_share_a_chunk_that_is_too_short_for_them() -> None:
+    turns = PromptTurns(CHUNK, 32)
+    for number in range(12):
+        turns.add(job(number, 100, client=str(number)))
     assert len(started(turns)) == 8
+    assert turns.chunk() == CHUNK // 8
 
 
 def test_one_long_prompt_of_each_client_at_a_time_and_they_share_the_chunk() -> None:

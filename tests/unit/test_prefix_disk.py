@@ -1,7 +1,9 @@
 """Prefixes on disk: what is written comes back, and nothing else does."""
 
 import os
+import resource
 import stat
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -28,7 +30,7 @@ def open_disk(tmp_path: Path) -> Iterator[Callable[..., PrefixDisk]]:
     made: list[PrefixDisk] = []
 
     def make(limit: int = 10**9, binding: bytes = BINDING, slot: str = "slot") -> PrefixDisk:
-        made.append(PrefixDisk(Shelf(tmp_path / "cache", slot, binding, limit), binding))
+        made.append(PrefixDisk(Shelf(tmp_path / "cache", slot, binding, limit), binding, len(PAYLOAD)))
         return made[-1]
 
     yield make
@@ -45,7 +47,7 @@ def save(disk: PrefixDisk, *numbers: int, depth: int | None = None) -> None:
 def settle(disk: PrefixDisk) -> None:
     until = time.monotonic() + 20
     while disk.waiting and time.monotonic() < until:
-        disk.poll(0.05)
+        disk.poll(0.005)
     assert not disk.waiting
 
 
@@ -75,7 +77,10 @@ def test_a_block_comes_back_also_in_another_process(open_disk: Callable[..., Pre
         assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
 
 
-@pytest.mark.parametrize("change", ["truncated", "emptied", "flipped", "header", "foreign", "renamed", "long"])
+@pytest.mark.parametrize(
+    "change",
+    ["truncated", "emptied", "flipped", "header", "foreign", "renamed", "long", "larger", "pipe", "link", "folder"],
+)
 def test_a_file_that_is_not_what_it_should_be_is_removed_and_not_used(
     open_disk: Callable[..., PrefixDisk], tmp_path: Path, change: str
 ) -> None:
@@ -98,6 +103,17 @@ def test_a_file_that_is_not_what_it_should_be_is_removed_and_not_used(
     elif change == "renamed":
         write_block(file.parent, BINDING, name(9), [memoryview(PAYLOAD)])
         path_of(file.parent, name(9)).replace(file)
+    elif change == "larger":
+        file.unlink()
+        write_block(file.parent, BINDING, name(2), [memoryview(PAYLOAD), memoryview(PAYLOAD)])
+    elif change in {"pipe", "link", "folder"}:
+        file.unlink()
+        if change == "pipe":
+            os.mkfifo(file)
+        elif change == "link":
+            file.symlink_to("/dev/zero")
+        else:
+            (file / "deep").mkdir(parents=True)
     else:
         file.write_bytes(data + b"x")
     found = load(disk, 1, 2, 3)
@@ -105,7 +121,7 @@ def test_a_file_that_is_not_what_it_should_be_is_removed_and_not_used(
     assert not file.exists()
     assert name(2) not in disk
     with pytest.raises(OSError, match="No such file"):
-        read_block(file.parent, BINDING, name(2))
+        read_block(file.parent, BINDING, name(2), len(PAYLOAD))
     save(disk, 2)
     assert len(load(disk, 1, 2, 3)) == 3, "it is written anew"
 
@@ -190,7 +206,7 @@ def test_short_writes_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.Monke
     write = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:1000]))
     write_block(tmp_path, BINDING, name(1), [memoryview(PAYLOAD), memoryview(PAYLOAD)])
-    assert bytes(read_block(tmp_path, BINDING, name(1))) == PAYLOAD * 2
+    assert bytes(read_block(tmp_path, BINDING, name(1), 2 * len(PAYLOAD))) == PAYLOAD * 2
 
 
 def test_temporary_files_of_the_dead_are_swept(open_disk: Callable[..., PrefixDisk], tmp_path: Path) -> None:
@@ -228,10 +244,84 @@ def test_no_more_waits_to_be_written_than_so_many_bytes(
     del disk._waiting[name(5)]
 
 
+def test_a_file_of_gigabytes_is_not_read(open_disk: Callable[..., PrefixDisk], tmp_path: Path) -> None:
+    disk = open_disk()
+    save(disk, 1)
+    (file,) = files(tmp_path)
+    with file.open("r+b") as stream:
+        stream.truncate(8 * 1024**3)
+    before = peak_bytes()
+    assert load(disk, 1)[0].payload is None
+    assert peak_bytes() - before < 256 * 1024**2
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def test_no_more_is_read_ahead_than_so_many_bytes_until_it_is_taken(
+    open_disk: Callable[..., PrefixDisk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[bytes] = []
+    read = prefix_disk.read_block
+
+    def counted(folder: Path, binding: bytes, name: bytes, size: int) -> memoryview:
+        reads.append(name)
+        return read(folder, binding, name, size)
+
+    monkeypatch.setattr(prefix_disk, "_MAX_UNREAD_BYTES", 3 * len(PAYLOAD))
+    monkeypatch.setattr(prefix_disk, "read_block", counted)
+    disk = open_disk()
+    save(disk, *range(20))
+    first, second = disk.load([name(n) for n in range(10)]), disk.load([name(n) for n in range(10, 20)])
+    wait_until(lambda: len(reads) == 3)
+    # Nobody takes anything: what was not asked for any more is not read, and writing goes on.
+    disk.forget(first)
+    disk.forget(second)
+    save(disk, 50)
+    assert len(reads) == 3
+    # What is taken makes room for the rest.
+    found = load(disk, *range(20))
+    assert [one.payload is not None for one in found] == [True] * 20
+    assert disk._unread == 0
+    assert not disk._wanted
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def test_a_disk_that_is_closed_while_nobody_takes_what_it_read_ends_at_once(
+    open_disk: Callable[..., PrefixDisk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefix_disk, "_MAX_UNREAD_BYTES", len(PAYLOAD))
+    disk = open_disk()
+    save(disk, *range(5))
+    disk.load([name(n) for n in range(5)])
+    wait_until(lambda: disk._unread > 0)
+    disk.close(20)
+    assert not disk._thread.is_alive()
+
+
+def test_the_bytes_stay_below_the_limit_while_several_models_write(
+    open_disk: Callable[..., PrefixDisk], tmp_path: Path
+) -> None:
+    limit = 64 * len(PAYLOAD)
+    disks = [open_disk(limit, slot=f"model{number}") for number in range(3)]
+    for number in range(150):
+        save(disks[number % 3], number)
+        assert sum(file.stat().st_size for file in files(tmp_path)) <= limit
+    assert {file.parent.parent.name for file in files(tmp_path)} == {"model0", "model1", "model2"}
+    assert len(files(tmp_path)) > 32, "the limit is used"
+
+
 def test_a_bad_block_is_told_without_its_content(tmp_path: Path) -> None:
     path_of(tmp_path, name(1)).write_bytes(b"secret words of a prompt")
     with pytest.raises(BadBlockError) as raised:
-        read_block(tmp_path, BINDING, name(1))
+        read_block(tmp_path, BINDING, name(1), len(PAYLOAD))
     assert "secret" not in str(raised.value)
 
 

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from tests.cachekit import windowed
 from worker import prefixes as module
 from worker.batch import BatchBackend
 from worker.jobs import Job, Relieve
@@ -54,11 +55,11 @@ def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def open_disk(tmp_path: Path) -> Iterator[Callable[[], PrefixDisk]]:
+def open_disk(tmp_path: Path, tiny: Model) -> Iterator[Callable[[], PrefixDisk]]:
     made: list[PrefixDisk] = []
 
     def make() -> PrefixDisk:
-        made.append(PrefixDisk(Shelf(tmp_path / "cache", "slot", BINDING, 10**9), BINDING))
+        made.append(PrefixDisk(Shelf(tmp_path / "cache", "slot", BINDING, 10**9), BINDING, tiny.layout.block_bytes))
         return made[-1]
 
     yield make
@@ -203,21 +204,7 @@ def test_a_cache_that_is_not_what_it_should_be_is_dropped(tiny: Model, monkeypat
 
 
 def test_models_whose_caches_cannot_be_cut_have_none() -> None:
-    from mlx_lm.models import gemma3_text
-
-    arguments = gemma3_text.ModelArgs(
-        model_type="gemma3_text",
-        hidden_size=32,
-        num_hidden_layers=6,
-        intermediate_size=32,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        vocab_size=64,
-        sliding_window=32,
-        sliding_window_pattern=6,
-    )
-    assert probe(gemma3_text.Model(arguments)) is None
+    assert probe(windowed()) is None
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
@@ -342,6 +329,25 @@ def test_a_disk_that_does_not_answer_is_not_waited_for(
     monkeypatch.setattr(disk, "load", lambda _names: 77)
     monkeypatch.setattr(module, "_DISK_WAIT_S", 0.1)
     assert one(tiny.backend(tiny.prefixes(disk=disk)), prompt) == (expected, 0)
+
+
+def test_a_request_that_leaves_while_its_prefix_is_read_calls_that_off(
+    tiny: Model, open_disk: Callable[[], PrefixDisk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = tiny.prefixes(disk=open_disk())
+    one(tiny.backend(first), words(300))
+    first.close()
+    disk = open_disk()
+    called_off: list[int] = []
+    monkeypatch.setattr(disk, "load", lambda _names: 77)
+    monkeypatch.setattr(disk, "forget", called_off.append)
+    prefixes = tiny.prefixes(disk=disk)
+    backend = tiny.backend(prefixes)
+    backend.insert(Job(1, words(300), 12))
+    backend.step()
+    assert backend._searching
+    backend.remove([1])
+    assert (called_off, prefixes._open, len(backend)) == ([77], set(), 0)
 
 
 def test_what_nobody_came_back_to_is_written_only_as_the_wear_allows(

@@ -15,7 +15,7 @@ from protocol.config import Config
 from protocol.paths import Home
 from protocol.states import ModelState
 from supervisor import events as ev
-from supervisor.crashes import BlackBox
+from supervisor.blackbox import BlackBox
 from supervisor.exits import classify
 from supervisor.host import Host, Managed
 from supervisor.journal import Journal

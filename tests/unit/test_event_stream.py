@@ -1,0 +1,149 @@
+"""Events go to the connection directly while the client keeps up, else through `send`: the same bytes either way."""
+
+import asyncio
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+from starlette.types import Message
+
+from gateway.bell import Bell
+from gateway.call import Call
+from gateway.calls import ask
+from gateway.chunks import ChatChunks
+from gateway.context import ClientGoneError, RequestContext
+from gateway.requests import Request
+from gateway.sse import DONE, KEEPALIVE
+from gateway.stream import EventStream
+from protocol.data import Delta, Finish, Kind, Usage
+from protocol.errors import LmxError
+
+
+class Scene:
+    """One stream, what it wrote, and which way."""
+
+    def __init__(self, *, direct: bool = True, keepalive_s: float = 60.0) -> None:
+        self.takes = True
+        self.put: list[bytes] = []
+        self.sent: list[Message] = []
+        self.written: list[bytes] = []
+        self.commented = asyncio.Event()
+        self.room = asyncio.Event()
+        self.room.set()
+        bell: Bell[Request] = Bell()
+        self.bell = bell
+        loop_time = asyncio.get_running_loop().time()
+        self.request = Request(
+            "m", ask(Kind.CHAT), bell, limit=1000, streams=True, continues=False, deadline_at=loop_time + 60
+        )
+        context = RequestContext("req-1", loop_time, None)
+        call = Call(Mock(id="m", capabilities=None), context, [self.request], [self.request], bell, Mock())
+        call.enter()
+        self.request.submitted()
+        writer = ChatChunks("id", 1, "m", "f", usage=False)
+        put = self._put if direct else None
+        stream = EventStream(call, writer, self._send, include_usage=False, keepalive_s=keepalive_s, put=put)
+        self.task = asyncio.create_task(stream.run())
+
+    def _put(self, data: bytes) -> bool:
+        if self.takes:
+            self.put.append(data)
+            self.written.append(data)
+            if data == KEEPALIVE:
+                self.commented.set()
+        return self.takes
+
+    async def _send(self, message: Message) -> None:
+        await self.room.wait()
+        self.sent.append(message)
+        self.written.append(message.get("body", b""))
+
+    async def say(self, *texts: str, finish: Finish | None = None) -> None:
+        for text in texts:
+            usage = None if finish is None else Usage(1, 1)
+            self.request.add(Delta(self.request.rid, text, [5], finish, usage))
+            await turns()
+
+    async def begin(self) -> None:
+        await turns()
+        self.request.accept(1, 0)
+        await turns()
+
+
+async def turns(count: int = 10) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def test_what_is_written_directly_is_what_would_have_been_sent() -> None:
+    written = []
+    for direct in (True, False):
+        scene = Scene(direct=direct)
+        await scene.begin()
+        await scene.say("one", " two", " three")
+        await scene.say(" four", finish=Finish.STOP)
+        await scene.task
+        assert len(scene.put) == (3 if direct else 0)
+        assert scene.sent[-1]["more_body"] is False
+        written.append(scene.written)
+    assert written[0] == written[1]
+    assert written[0][-1].endswith(DONE)
+
+
+async def test_a_client_that_takes_nothing_is_waited_for_and_gets_what_came_meanwhile_in_one_piece() -> None:
+    scene = Scene()
+    await scene.begin()
+    await scene.say("one")
+    scene.takes = False
+    scene.room.clear()
+    await scene.say(" two", " three", " four")
+    assert scene.bell.blocked, "from here on what waits is bounded"
+    scene.takes = True
+    scene.room.set()
+    await turns()
+    await scene.say(" five", " six", finish=Finish.STOP)
+    await scene.task
+    text = b"".join(scene.written)
+    places = [text.index(word) for word in (b'"one"', b'" two"', b'" three four"', b'" five"')]
+    assert places == sorted(places)
+    assert len(scene.put) == 2, "before and after"
+
+
+async def test_silence_is_broken_by_comments_that_are_written_directly_too() -> None:
+    scene = Scene(keepalive_s=0.01)
+    await scene.begin()
+    await asyncio.wait_for(scene.commented.wait(), 5)
+    scene.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await scene.task
+
+
+async def test_an_error_in_the_middle_ends_the_stream_with_its_event() -> None:
+    scene = Scene()
+    await scene.begin()
+    await scene.say("one")
+    scene.request.fail(LmxError("worker_crashed", "It ended."))
+    await scene.task
+    assert b"event: error" in scene.written[-1]
+    assert DONE not in scene.written[-1]
+
+
+async def test_a_client_that_leaves_ends_the_task() -> None:
+    scene = Scene()
+    await scene.begin()
+    await scene.say("one")
+    scene.bell.leave()
+    with pytest.raises(ClientGoneError):
+        await scene.task
+
+
+async def test_a_failure_while_writing_reaches_the_boundary(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> bytes:
+        raise ZeroDivisionError
+
+    scene = Scene()
+    await scene.begin()
+    monkeypatch.setattr(ChatChunks, "piece", broken)
+    await scene.say("one")
+    with pytest.raises(ZeroDivisionError):
+        await scene.task
