@@ -66,8 +66,11 @@ class Alone:
         return {**measured, **meter.stop(measured["client_cpu_s"])}
 
 
-def measure(work: Path, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Return every figure, a list of one per round each; times in ms, memory in MiB."""
+Note = Callable[[str, float], None]
+
+
+def measure(work: Path, rounds: int, say: Callable[[str], None], *, storm: bool = False) -> dict[str, Any]:
+    """Return every figure, a list of one per round each; times in ms, memory in MiB. `storm`: connections only."""
     found: dict[str, list[float]] = {}
 
     def note(name: str, value: float) -> None:
@@ -81,31 +84,41 @@ def measure(work: Path, rounds: int, say: Callable[[str], None]) -> dict[str, An
             note(f"memory of the {part if part != 'worker' else 'null worker'} at start, MiB", size / _MIB)
         alone.ask(Workload("warm-up", _STREAMS, 64, 2))
         for number in range(rounds):
-            say(f"round {number + 1} of {rounds}: {_STREAMS} streams")
-            measured = alone.ask(Workload("streams", _STREAMS, 1000))
-            gateway_s = measured["cpu_s"]["gateway"]
-            note("events a second, all processes on this machine", measured["events"] / measured["seconds"])
-            note("events per CPU second of the gateway", measured["events"] / gateway_s)
-            note("tokens per CPU second of the gateway", measured["tokens"] / gateway_s)
-            for part in ("gateway", "worker", "supervisor"):
-                note(f"CPU ms per 1,000 tokens: {part}", measured["cpu_s"][part] / measured["tokens"] * 1e6)
+            if not storm:
+                say(f"round {number + 1} of {rounds}: {_STREAMS} streams")
+                _measure_streams(alone, note)
             say(f"round {number + 1} of {rounds}: connections")
-            for count in _CONNECTIONS:
-                measured = alone.ask(Workload(f"{count} connections", count, 8))
-                so_far = connections.setdefault(str(count), {"answered": 0})
-                so_far["answered"] += measured["requests"]
-                for what, failed in measured["errors"].items():
-                    so_far[what] = so_far.get(what, 0) + failed
-                note(f"{count} connections at once: time to first text p50, ms", median(measured["ttft_s"]) * 1000)
-            say(f"round {number + 1} of {rounds}: starts")
-            note("`lmx-supervisor status`, ms", _status_ms(alone.host))
-            note("gateway: process started to serving, ms", _gateway_start_ms(alone.host))
+            _measure_connections(alone, note, connections)
+            if not storm:
+                say(f"round {number + 1} of {rounds}: starts")
+                note("`lmx-supervisor status`, ms", _status_ms(alone.host))
+                note("gateway: process started to serving, ms", _gateway_start_ms(alone.host))
         for part, pid in alone.host.pids().items():
             if part != "worker":
                 note(f"memory of the {part} after {rounds} rounds, MiB", resident_bytes(pid) / _MIB)
     finally:
         alone.host.close()
     return {**head(), "figures": found, "connections": connections}
+
+
+def _measure_streams(alone: Alone, note: Note) -> None:
+    measured = alone.ask(Workload("streams", _STREAMS, 1000))
+    gateway_s = measured["cpu_s"]["gateway"]
+    note("events a second, all processes on this machine", measured["events"] / measured["seconds"])
+    note("events per CPU second of the gateway", measured["events"] / gateway_s)
+    note("tokens per CPU second of the gateway", measured["tokens"] / gateway_s)
+    for part in ("gateway", "worker", "supervisor"):
+        note(f"CPU ms per 1,000 tokens: {part}", measured["cpu_s"][part] / measured["tokens"] * 1e6)
+
+
+def _measure_connections(alone: Alone, note: Note, connections: dict[str, dict[str, int]]) -> None:
+    for count in _CONNECTIONS:
+        measured = alone.ask(Workload(f"{count} connections", count, 8))
+        so_far = connections.setdefault(str(count), {"answered": 0})
+        so_far["answered"] += measured["requests"]
+        for what, failed in measured["errors"].items():
+            so_far[what] = so_far.get(what, 0) + failed
+        note(f"{count} connections at once: time to first text p50, ms", median(measured["ttft_s"]) * 1000)
 
 
 def _status_ms(host: Host) -> float:
@@ -147,15 +160,18 @@ def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="bench.alone", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--storm", action="store_true", help="connections only; exits with 1 if one is lost")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to FILE")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="lmx-bench-", dir="/tmp") as work:
-        report = measure(Path(work), args.rounds, lambda text: print(text, file=sys.stderr, flush=True))
+        say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+        report = measure(Path(work), args.rounds, say, storm=args.storm)
     print(markdown(report))
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+    lost = any(set(ends) != {"answered"} for ends in report["connections"].values())
+    return 1 if args.storm and lost else 0
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ one with all, asked in turns. .venv/bin/python -m bench.door --streams 16
 
 import argparse
 import asyncio
+import hmac
+import secrets
 import shutil
 import sys
 import tempfile
@@ -36,10 +38,11 @@ GUARDED: Final = {
     "LMX_LIMITS__CONCURRENT_REQUESTS": "1000",
 }
 MANY = LimitsConfig(inference_per_minute=1_000_000, tokens_per_minute=1_000_000_000, concurrent_requests=1000)
+SECRET: Final = b"a-secret-of-the-bench"
 SECURITY: dict[str, Any] = {"profile": "lan", "trusted_proxies": PROXIES}
 
 
-async def measure(kit: DoorKit, *, key: str, keys: int = 0, door: bool = True) -> float:
+async def measure(kit: DoorKit, *, key: str, keys: int = 0, door: bool = True, signed: bool = False) -> float:
     """Return the microseconds of CPU time a request takes, in the best of the rounds."""
     for number in range(keys):
         kit.key(f"k{number}")
@@ -69,7 +72,8 @@ async def measure(kit: DoorKit, *, key: str, keys: int = 0, door: bool = True) -
     for _ in range(ROUNDS):
         took = 0.0
         for _ in range(REQUESTS):
-            scope: Any = {"type": "http", "method": "POST", "path": "/chat/completions", "headers": scope_headers}
+            headers = [*scope_headers, (b"x-lmx-client", _signed())] if signed else scope_headers
+            scope: Any = {"type": "http", "method": "POST", "path": "/chat/completions", "headers": headers}
             scope |= {"client": ("192.0.2.7", 5), "state": {}}
             attach(scope, RequestContext("r", 0.0, None))
             began = time.thread_time()
@@ -77,6 +81,11 @@ async def measure(kit: DoorKit, *, key: str, keys: int = 0, door: bool = True) -
             took += time.thread_time() - began
         best.append(took / REQUESTS * 1e6)
     return min(best)
+
+
+def _signed() -> bytes:
+    text = f"anna;t={int(time.time())};n={secrets.token_urlsafe(12)}"
+    return f"{text};s={hmac.new(SECRET, text.encode(), 'sha256').hexdigest()}".encode()
 
 
 class Exact(Lmx):
@@ -219,6 +228,11 @@ async def main() -> None:
         kit = DoorKit(Path(tempfile.mkdtemp()), limits, **security)
         key = kit.key() if with_key else ""
         rows.append((name, await measure(kit, key=key, keys=keys, door=name != "no door")))
+    folder = Path(tempfile.mkdtemp())
+    (folder / "secret").write_bytes(SECRET)
+    (folder / "secret").chmod(0o600)
+    kit = DoorKit(folder, MANY, **SECURITY, client_secret_file=str(folder / "secret"))
+    rows.append(("a key, all limits, a signed client id", await measure(kit, key=kit.key(), signed=True)))
     rows.append(("and noting it in the audit, in a batch of 16", audit_us(Path(tempfile.mkdtemp()))))
     print("| | µs a request |\n|---|---|")
     for name, took in rows:

@@ -9,6 +9,7 @@ import gc
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
@@ -89,6 +90,18 @@ class Limit:
             "errors": {},
             "client_cpu_s": 0.0,
         }
+
+    def stepper(self, prompts: list[list[int]], tokens: int) -> tuple[Callable[[], Any], Callable[[], bool]]:
+        """Insert these; return what makes a step, and what says whether there is one to make."""
+        samplers: list[Any] | None = None if self._sampler is None else [self._sampler]
+        left = {self._generator.insert([one], [tokens], samplers=samplers)[0] for one in prompts}
+
+        def step() -> None:
+            for response in self._generator.next()[1]:
+                if response.finish_reason is not None:
+                    left.discard(response.uid)
+
+        return step, lambda: bool(left)
 
     def _tokens(self, text: str) -> list[int]:
         if not self._tokenizer.has_chat_template:

@@ -2,9 +2,9 @@
 
 Streams decode in the batch of a worker, in this process; once they all do, a long prompt comes. What counts is the 99th
 percentile of the time between two of their tokens while that prompt is processed. Allowed is three times what it is
-without, plus one chunk of prefill: the longest that the same prompt has when it is alone. Times are CPU time of this
-process with one thread of the matrix library, so that a busy machine disturbs them little. The table goes to stdout,
-progress to stderr. `python bench/interleave.py --help`.
+without, plus one chunk of prefill: the longest that the same prompt has when it is alone, before or after. Times are
+CPU time of this process with one thread of the matrix library, so that a busy machine disturbs them little. The table
+goes to stdout, progress to stderr. `python bench/interleave.py --help`.
 """
 
 import argparse
@@ -38,6 +38,19 @@ def timed_step(backend: "BatchBackend") -> tuple[float, set[int]]:
     return time.process_time() - began, answered
 
 
+def alone(backend: "BatchBackend", prompt: list[int]) -> list[float]:
+    """Return the seconds of each chunk of a prompt that nothing else runs beside."""
+    from worker.jobs import Job
+
+    sys.stderr.write("the long prompt alone\n")
+    backend.insert(Job(_LONG, prompt, 1))
+    chunks = []
+    while len(backend):
+        chunks.append(timed_step(backend)[0])
+    sys.stderr.write(f"{', '.join(f'{seconds * 1000:.0f}' for seconds in chunks)} ms\n")
+    return chunks
+
+
 def measure(folder: Path, streams: int, steps: int, length: int) -> tuple[float, float, float, int]:
     """Return seconds: 99th percentile without, the longest chunk alone, 99th percentile beside; and steps beside."""
     from mlx_lm.utils import load_model
@@ -49,11 +62,7 @@ def measure(folder: Path, streams: int, steps: int, length: int) -> tuple[float,
     backend = BatchBackend(model, (), slots=32, prefill_tokens=_CHUNK)
     prompt = [300 + number % 997 for number in range(length)]
     backend.generate(prompt[: 2 * _CHUNK], 1)  # compiles what is compiled
-    sys.stderr.write("the long prompt alone\n")
-    backend.insert(Job(_LONG, prompt, 1))
-    chunks = []
-    while len(backend):
-        chunks.append(timed_step(backend)[0])
+    chunks = alone(backend, prompt)
     sys.stderr.write("streams without it\n")
     for number in range(streams):
         backend.insert(Job(number, [400 + number] * 30, 100_000, client=str(number)))
@@ -70,6 +79,9 @@ def measure(folder: Path, streams: int, steps: int, length: int) -> tuple[float,
         if not set(range(streams)) <= answered:
             raise SystemExit("interleave: a stream got no token in a step")
         beside.append(seconds)
+    sys.stderr.write(f"{', '.join(f'{seconds * 1000:.0f}' for seconds in beside)} ms\n")
+    backend.remove([*range(streams)])
+    chunks += alone(backend, prompt)
     return percentile(without, _SHARE), max(chunks), percentile(beside, _SHARE), len(beside)
 
 

@@ -19,7 +19,7 @@ from protocol.errors import LmxError
 
 BENCHMARK_SCHEMA: Final = "lmx.benchmark/1"
 #: Begins differently each time, so that no cached prefix flatters it.
-_PROMPT: Final = "{number}: count from one to one thousand in words."
+_PROMPT: Final = "{time}-{number}: count from one to one thousand in words."
 _PERCENTILES: Final = (("p50", 0.5), ("p95", 0.95), ("max", 1.0))
 
 
@@ -90,7 +90,7 @@ class Benchmark:
         )
         asked = ask(
             Kind.CHAT,
-            messages=[ChatMessage("user", _PROMPT.format(number=time.monotonic_ns()))],
+            messages=[ChatMessage("user", _PROMPT.format(time=time.monotonic_ns(), number=number))],
             sampling=Sampling(max_tokens=wanted.max_tokens),
             options=ChatOptions(),
         )

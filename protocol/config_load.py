@@ -14,6 +14,12 @@ from protocol.config import Config
 
 _MAX_FILE_BYTES: Final = 1024 * 1024
 _PREFIX: Final = "LMX_"
+#: Keys that people look for here, and where what they want is.
+_ELSEWHERE: Final = {
+    "security.admin_key": "keys are never in the configuration: this one is in $LMX_HOME/admin.key or LMX_ADMIN_KEY",
+    "security.api_keys": "keys are never in the configuration: lmx-supervisor keys create makes one",
+    "security.api_key": "keys are never in the configuration: lmx-supervisor keys create makes one",
+}
 _SWITCH: Final = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -83,9 +89,16 @@ def _explain(problem: str, place: Callable[[str], str]) -> str:
         return f"{place(path)}: {path}: {words}"
     key = unknown[1]
     full = f"{path}.{key}" if path else key
-    known = _keys(path)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    return f"{place(full)}: unknown key {full}" + (f"; did you mean {_join(path, near[0])}?" if near else "")
+    return f"{place(full)}: unknown key {full}" + _hint(path, key)
+
+
+def _hint(path: str, key: str) -> str:
+    """Return what is said of a key that is not there."""
+    full = _join(path, key)
+    if full in _ELSEWHERE:
+        return f"; {_ELSEWHERE[full]}"
+    near = difflib.get_close_matches(key, _keys(path), n=1, cutoff=0.0)
+    return f"; did you mean {_join(path, near[0])}?" if near else ""
 
 
 def _join(path: str, key: str) -> str:
@@ -132,11 +145,8 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[str, str, s
 
 def _check_known(section: str, key: str, variable: str) -> None:
     for path, name in (("", section), (section, key)):
-        known = _keys(path)
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            nearest = f"{section}.{near[0]}" if path else near[0]
-            msg = f"environment variable {variable}: unknown key {_join(path, name)}; did you mean {nearest}?"
+        if name not in _keys(path):
+            msg = f"environment variable {variable}: unknown key {_join(path, name)}{_hint(path, name)}"
             raise BadConfigError(msg)
 
 

@@ -60,7 +60,8 @@ def _key_file_problems(file: Path) -> list[str]:
 
 def _client_secret_problems(file: str) -> list[str]:
     if not file.startswith("/"):
-        return [f"security.client_secret_file: {file!r} has to begin with /: the gateway runs in another folder"]
+        # Not quoted: somebody may have written the secret itself.
+        return ["security.client_secret_file has to be the path of a file, and to begin with /"]
     try:
         read_secret(Path(file), "make another one: openssl rand -hex 32")
     except SecretFileError as error:
@@ -69,6 +70,12 @@ def _client_secret_problems(file: str) -> list[str]:
 
 
 def _tls_problems(config: Config) -> list[str]:
+    for key in ("tls_certificate", "tls_key"):
+        try:
+            Path(getattr(config.security, key)).open("rb").close()
+        except (OSError, ValueError) as error:
+            reason = (error.strerror if isinstance(error, OSError) else None) or "that is no path"
+            return [f"security.{key}: {getattr(config.security, key)} cannot be read: {reason}"]
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
         # The password keeps OpenSSL from asking a terminal for one.

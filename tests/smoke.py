@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -291,6 +292,7 @@ async def run(target: Target) -> bool:
                 return False
             target.model = serving[0]
         print(f"{'check':<18}{'result':<8}details")
+        counted: Counter[str] = Counter()
         for name, check in CHECKS:
             try:
                 result, details = "ok", await check(target)
@@ -298,7 +300,9 @@ async def run(target: Target) -> bool:
                 result, details = "skipped", str(why)
             except (AssertionError, httpx.HTTPError, KeyError, ValueError) as error:
                 result, details, fine = "FAILED", f"{type(error).__name__}: {error}".splitlines()[0], False
+            counted[result] += 1
             print(f"{name:<18}{result:<8}{details}", flush=True)
+        print(", ".join(f"{number} {result}" for result, number in sorted(counted.items())), file=sys.stderr)
     finally:
         await target.http.aclose()
     return fine

@@ -174,8 +174,8 @@ def test_rows_come_back_by_every_filter_and_a_page_at_a_time(path: Path) -> None
     fill(
         path,
         [
-            row(1, model="alpha", key_id="k1", client="key:k1"),
-            row(2, model="beta", client="10.0.0.1", client_id="mailer"),
+            row(1, model="alpha", key_id="k1", client="key:k1", backend_type="local"),
+            row(2, model="beta", client="10.0.0.1", client_id="mailer", backend_type="openai"),
             row(3, status="error", error_type="invalid_json", client="mailer"),
             *(row(number, model="alpha", status="cancelled") for number in range(4, 2504)),
         ],
@@ -189,7 +189,7 @@ def test_rows_come_back_by_every_filter_and_a_page_at_a_time(path: Path) -> None
     assert ids(model="beta", status="success") == ["r2"]
     assert ids(error_type="invalid_json") == ["r3"]
     assert ids(request_id="r2") == ["r2"]
-    assert ids(backend_type="openai") == []
+    assert [ids(backend_type=name) for name in ("local", "openai", "anthropic")] == [["r1"], ["r2"], []]
     assert ids(since=NOW + 2, until=NOW + 4) == ["r2", "r3"]
     assert len(ids(model="alpha")) == 2501
     with AuditReader(path) as reader:

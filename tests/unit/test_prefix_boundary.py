@@ -130,6 +130,18 @@ def test_bounds_hold_and_everything_can_be_given_back(model: Any, monkeypatch: p
     assert states.bytes == 0
 
 
+def test_a_state_is_no_view_of_the_batch(model: Any) -> None:
+    """A view would keep the caches of the whole batch in memory, uncounted."""
+    states = Boundaries(LIMIT)
+    on = backend(model, states)
+    # Side by side, and one after the other at its end: the first state would keep eight of them, the second seven.
+    jobs = [Job(number, words(400 - 20 * number, seed=number), 1, client=str(number)) for number in range(8)]
+    before = mx.get_active_memory()
+    run(on, *jobs)
+    assert len(states._states) == 8
+    assert mx.get_active_memory() - before <= states.bytes * 1.1 + 50_000
+
+
 def test_a_state_of_another_length_than_it_says_is_dropped(model: Any) -> None:
     prompt = words(100)
     states = Boundaries(LIMIT)

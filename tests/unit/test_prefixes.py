@@ -317,6 +317,18 @@ def test_another_process_goes_on_with_what_is_on_disk(tiny: Model, open_disk: Ca
     assert (jobs[1].reused.tokens, jobs[2].reused.tokens) == (448, 384)
 
 
+def test_what_a_failed_engine_kept_is_gone_from_memory_and_from_the_disk(
+    tiny: Model, open_disk: Callable[[], PrefixDisk]
+) -> None:
+    prompt = words(200)
+    prefixes = tiny.prefixes(disk=open_disk())
+    one(tiny.backend(prefixes), prompt)
+    assert prefixes.bytes > 0
+    prefixes.disown()
+    assert prefixes.bytes == 0
+    assert one(tiny.backend(tiny.prefixes(disk=open_disk())), prompt)[1] == 0, "the next process finds nothing of it"
+
+
 def test_a_disk_that_does_not_answer_is_not_waited_for(
     tiny: Model, open_disk: Callable[[], PrefixDisk], monkeypatch: pytest.MonkeyPatch
 ) -> None:
