@@ -305,6 +305,7 @@ def test_row_74_slow_heads_and_bodies(stage: Stage, figure: Figure) -> None:
             sock = crowd.enter_context(socket.create_connection(address(stage), timeout=PATIENCE_S))
             sock.sendall(begun)
             half.append((sock, begun))
+        made = time.monotonic()
         assert answers(stage.lmx.url) < 3
         assert ask(stage.lmx.url).wait().whole
         for sock, begun in half:
@@ -316,7 +317,7 @@ def test_row_74_slow_heads_and_bodies(stage: Stage, figure: Figure) -> None:
             if begun:
                 assert b'"code":"request_timeout"' in got
         figure("row 74", "500 half-open connections are closed, deadline 1.5 s", time.monotonic() - began, target=2.5)
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - made < PATIENCE_S, "busy as the machine may be: no other limit is so short"
         for _ in deadline(10):
             if process.num_fds() <= usual + 5:
                 break
