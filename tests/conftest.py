@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Here, since its plugin imports it for the summary: compiling it in a process that has done much can fail in CPython 3.11.
+# Its plugin imports it for the summary: compiling it in a process that has done much can fail in CPython 3.11.
 import hypothesis  # noqa: F401
 import pytest
 
