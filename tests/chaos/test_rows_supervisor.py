@@ -39,13 +39,14 @@ SUPERVISOR_PATCH = """
 import functools, os, signal, time
 import supervisor.launch, supervisor.views, supervisor.host, supervisor.lifecycle
 from protocol import control
+from supervisor.clock import Clock
 from supervisor.crash_reports import CrashReports
-from supervisor.daemon import Daemon
 from supervisor.host import Host, Managed
 from supervisor.journal import Journal
 from supervisor.launch import Launcher
 from supervisor.peers import Peers
 from supervisor.platform.linux import Linux
+from supervisor.record import Record
 
 def reached(point):
     file = f"{HERE}/point"
@@ -72,7 +73,7 @@ def around(owner, name, *, before=None, after=None, only=lambda *args, **kwargs:
         return result
     setattr(owner, name, wrapped)
 
-around(Daemon, "_mark_load", before="before the mark", after="after the mark")
+around(Record, "mark_load", before="before the mark", after="after the mark")
 around(Launcher, "worker_spec", after="spec written")
 around(supervisor.launch, "spawn", after="process spawned", only=lambda platform, module, *_, **__: module != "gateway")
 around(Journal, "write", after="start written", only=lambda self, name, **_: name == "process_started")
@@ -83,7 +84,7 @@ for kind in (control.Loading, control.Ready, control.Heartbeat):
     around(Peers, "_hear", before=f"before {kind.__name__}", after=f"after {kind.__name__}", only=is_it)
 around(Managed, "tell", before="ping", only=lambda self, message: isinstance(message, control.Ping))
 around(Linux, "footprint", before="sample")
-around(Host, "_tick", before="tick")
+around(Clock, "_tick", before="tick")
 around(supervisor.host.life, "may_start", before="pump")
 around(supervisor.views, "catalog_model", before="catalog")
 around(supervisor.views, "status_document", before="status")

@@ -14,7 +14,8 @@ from tests.harness import deadline
 
 LATE_S = 0.6
 HUNG_S = 1.8
-STEP_S = 1.0
+#: Longer, so that a process which does nothing at all is found by its heartbeats.
+STEP_S = 2.5
 GRACE_S = 1.0
 #: Codes of a request whose process was ended for doing nothing.
 TOLD = {"worker_crashed", "timeout", "model_restarting"}
