@@ -8,12 +8,11 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.calls import Calls, ask, seeded
 from gateway.chunks import ChatChunks, finish_reason
-from gateway.context import writer_of
 from gateway.errors import send_json
 from gateway.logprobs import Shown, chat_logprobs
 from gateway.requests import Request
 from gateway.responses import AnswerMessage, ChatCompletion, Choice, Function, ToolCall, encode
-from gateway.stream import EventStream, usage_of
+from gateway.stream import send_events, usage_of
 from gateway.validate import ChatCall, parse_chat
 from protocol import __version__
 from protocol.data import Kind, Submit, ToolDelta
@@ -43,15 +42,7 @@ class ChatCompletions:
                 if chat.stream:
                     usage = chat.include_usage
                     writer = ChatChunks(answer_id, created, chat.model, FINGERPRINT, usage=usage, choices=chat.n)
-                    stream = EventStream(
-                        call,
-                        writer,
-                        send,
-                        include_usage=usage,
-                        keepalive_s=config.keepalive_s,
-                        put=writer_of(scope),
-                    )
-                    await stream.run()
+                    await send_events(call, writer, scope, send, include_usage=usage, keepalive_s=config.keepalive_s)
                 else:
                     choices = [_choice(index, request) for index, request in enumerate(await call.whole())]
                     body = ChatCompletion(answer_id, created, chat.model, choices, usage_of(call), FINGERPRINT)

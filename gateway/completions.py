@@ -9,12 +9,11 @@ from starlette.types import Receive, Scope, Send
 from gateway.calls import Calls, ask, seeded
 from gateway.chat import FINGERPRINT
 from gateway.chunks import TextChunks, finish_reason
-from gateway.context import writer_of
 from gateway.errors import send_json
 from gateway.logprobs import LegacyWriter, Shown, mean
 from gateway.requests import Extras, Request
 from gateway.responses import Completion, TextChoice, encode
-from gateway.stream import EventStream, usage_of
+from gateway.stream import send_events, usage_of
 from gateway.validate import CompletionCall, parse_completion
 from protocol.data import Kind, Submit
 
@@ -46,15 +45,7 @@ class Completions:
                 if wanted.stream:
                     usage, count = wanted.include_usage, len(call.requests)
                     writer = TextChunks(answer_id, created, wanted.model, FINGERPRINT, usage=usage, choices=count)
-                    stream = EventStream(
-                        call,
-                        writer,
-                        send,
-                        include_usage=usage,
-                        keepalive_s=config.keepalive_s,
-                        put=writer_of(scope),
-                    )
-                    await stream.run()
+                    await send_events(call, writer, scope, send, include_usage=usage, keepalive_s=config.keepalive_s)
                 else:
                     shown = _choices(wanted, await call.whole())
                     body = Completion(answer_id, created, wanted.model, shown, FINGERPRINT, usage=usage_of(call))

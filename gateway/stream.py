@@ -4,10 +4,11 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from starlette.types import Send
+from starlette.types import Scope, Send
 
 from gateway.call import Call
 from gateway.chunks import ChunkWriter
+from gateway.context import writer_of
 from gateway.errors import error_body
 from gateway.requests import Request, RequestState
 from gateway.responses import CompletionUsage, PromptTokensDetails
@@ -23,6 +24,14 @@ def usage_of(call: Call) -> CompletionUsage:
     """Return the token counts of a call that has ended."""
     prompt, completion = call.prompt_tokens, call.completion_tokens
     return CompletionUsage(prompt, completion, prompt + completion, PromptTokensDetails(call.cached_tokens))
+
+
+async def send_events(
+    call: Call, writer: ChunkWriter, scope: Scope, send: Send, *, include_usage: bool, keepalive_s: float
+) -> None:
+    """Send an answer as it comes, from its head to its end: directly to the connection where that can be."""
+    put = writer_of(scope)
+    await EventStream(call, writer, send, include_usage=include_usage, keepalive_s=keepalive_s, put=put).run()
 
 
 class EventStream:
