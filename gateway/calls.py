@@ -175,6 +175,9 @@ class Calls:
         groups: dict[int, int] = {}
         span = self._tracer.start(span_name(asked[0].kind, found.id), context.traceparent, asked_for(found.id, asked))
         context.traceparent = span.traceparent
+        if not context.take_up():
+            # What has arrived meanwhile is read in one turn of the loop, and then known to come.
+            await asyncio.sleep(0)
         coming = context.take_up() + len(asked)
         for wanted in asked:
             coming -= 1

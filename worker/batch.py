@@ -159,7 +159,8 @@ class BatchBackend:
             if self._prefixes.arrived(search):
                 del self._searching[job.id]
                 self._enter_found(job, search, leads=leads)
-        while (next_job := self._prompts.next(self._groups.shares)) is not None:
+        answering = len(self._unanswered) < len(self._alive)
+        while (next_job := self._prompts.next(self._groups.shares, answering=answering)) is not None:
             self._begin(next_job)
         self._generator.prefill_step_size = self._prompts.chunk()
 

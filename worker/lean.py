@@ -41,6 +41,16 @@ _KNOWN_STATE: Final = frozenset(_KNOWN_ARGUMENTS) - {"inputs"} | {
     "_num_tokens",
     "_matchers",
 }
+#: What a batch of prompts has for each of its sequences.
+_PROMPT_LISTS: Final = (
+    "uids",
+    "prompt_cache",
+    "tokens",
+    "samplers",
+    "logits_processors",
+    "stop_sequences",
+    "max_tokens",
+)
 
 
 class Plan:
@@ -174,6 +184,18 @@ class LeanBatch(GenerationBatch):
 class LeanPrompts(PromptProcessingBatch):
     """`PromptProcessingBatch` whose sequences go on in a `LeanBatch`."""
 
+    def split(self, indices: list[int]) -> PromptProcessingBatch:
+        """Take some sequences out; all of them without copying what they share."""
+        if len(indices) < len(self.uids):
+            return super().split(indices)  # type: ignore[no-any-return]
+        whole: PromptProcessingBatch = LeanPrompts.empty(
+            self.model, self.fallback_sampler, prefill_step_size=self.prefill_step_size
+        )
+        for name in _PROMPT_LISTS:
+            setattr(whole, name, getattr(self, name))
+            setattr(self, name, [])
+        return whole
+
     def generate(self, tokens: list[list[int]]) -> LeanBatch:
         """Hand over all sequences; `tokens` are the last of each prompt."""
         if any(len(last) > 1 for last in tokens):
@@ -190,7 +212,7 @@ class LeanPrompts(PromptProcessingBatch):
             self.stop_sequences,
             self.max_tokens,
         )
-        for name in ("uids", "prompt_cache", "tokens", "samplers", "logits_processors", "stop_sequences", "max_tokens"):
+        for name in _PROMPT_LISTS:
             setattr(self, name, [])
         return generation
 

@@ -1,8 +1,9 @@
 """Which prompts are processed next to each other, and how much of each between two decode steps. Pure policy.
 
 A chunk has so many tokens in all, whoever's they are, so that the answers that run wait for one chunk at most. Prompts
-that fit into one together are processed together. Longer ones share it between clients: each client has one of its own
-under way, so that a hundred long prompts of one client leave another's first one half of every chunk.
+that fit into one together are processed together; while no answer runs that could wait, short ones do so up to several
+times as many, as each further chunk costs all of them. Longer ones share it between clients: each client has one of its
+own under way, so that a hundred long prompts of one client leave another's first one half of every chunk.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,9 @@ from worker.line import Line
 
 #: Prompts that share a chunk when they do not fit into it together. More would let all of them wait for each other.
 _SHARING: Final = 8
+#: While no answer runs, a chunk of prompts of at most so large a part of a chunk may have so many times its tokens.
+_SHORT_PART: Final = 4
+_IDLE_TIMES: Final = 4
 
 
 class PromptTurns:
@@ -26,14 +30,19 @@ class PromptTurns:
         self._waiting: dict[int, Job] = {}
         #: Tokens that are not processed yet; with the last one an answer begins.
         self._left: dict[int, int] = {}
+        self._answering = True
 
     def add(self, job: Job) -> None:
         """Line up a prompt."""
         self._waiting[job.id] = job
         self._line.add(job.id, job.client, job.priority)
 
-    def next(self, shares: Callable[[Job], bool]) -> Job | None:
-        """Return a job to begin with now, None if none may. `shares`: whether another processes its prompt for it."""
+    def next(self, shares: Callable[[Job], bool], *, answering: bool = True) -> Job | None:
+        """Return a job to begin with now, None if none may.
+
+        `shares`: whether another processes its prompt for it. `answering`: whether an answer runs.
+        """
+        self._answering = answering
         taken = self._line.take(lambda job: shares(self._waiting[job]) or self._fits(self._waiting[job]))
         if taken is None:
             return None
@@ -58,7 +67,7 @@ class PromptTurns:
         """Return how many tokens of each prompt go into the next chunk; it is padded to its longest."""
         under_way = [left for left in self._left.values() if left > 1]
         count = len(under_way)
-        if count * max(under_way, default=0) <= self._step_tokens:
+        if self._go_together(under_way):
             return self._step_tokens
         return max(1, self._step_tokens // count)
 
@@ -66,14 +75,19 @@ class PromptTurns:
         under_way = {one: left for one, left in self._left.items() if left > 1}
         if len(under_way) >= self._places:
             return False
-        together = [*under_way.values(), _length(job)]
-        if len(together) * max(together) <= self._step_tokens:  # padded to the longest
+        if self._go_together([*under_way.values(), _length(job)]):
             return True
         if len(under_way) >= _SHARING:
             return False
         if not any(self._line.held_by(one) == job.client for one in under_way):
             return True
         return sum(under_way.values()) + _length(job) <= self._step_tokens
+
+    def _go_together(self, lengths: list[int]) -> bool:
+        """Return whether a chunk has room for so many tokens of each; they are padded to the longest."""
+        longest = max(lengths, default=0)
+        waits_for_nobody = not self._answering and longest * _SHORT_PART <= self._step_tokens
+        return len(lengths) * longest <= self._step_tokens * (_IDLE_TIMES if waits_for_nobody else 1)
 
 
 def _length(job: Job) -> int:

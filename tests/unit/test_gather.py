@@ -4,14 +4,22 @@ import asyncio
 from collections.abc import Sequence
 from queue import SimpleQueue
 from time import monotonic
-from typing import Any
+from typing import Any, cast
 from unittest.mock import Mock
 
 import uvicorn
+from starlette.types import Message, Scope
 
+from gateway.calls import Calls, ask
+from gateway.catalog import CatalogView
+from gateway.context import Connection, RequestContext, attach
+from gateway.numbers import Numbers
 from gateway.server import Arrivals, HttpProtocol
+from gateway.traffic import Traffic
+from protocol.config import GatewayConfig
+from protocol.control import Catalog, CatalogModel
 from protocol.data import ChatMessage, Kind, Sampling, Submit
-from protocol.states import WorkerExit
+from protocol.states import ModelState, WorkerExit
 from tests.unit.test_worker_policy import GATEWAY, INCARNATION, Desk
 from worker.engine import Engine
 from worker.gather import Gathering
@@ -128,6 +136,34 @@ def test_nobody_waits_for_requests_that_will_have_no_slot() -> None:
     desk.step(1, {1: "a"}, AT_LENGTH, now=1.0)
     jobs = [command for command in desk.commands if isinstance(command, Job)]
     assert [(job.id, job.coming) for job in jobs] == [(1, 1), (2, 0), (3, 0)]
+
+
+class Crowd:
+    """A connection beside others; their requests are read in the next turn of the loop."""
+
+    def __init__(self) -> None:
+        self.others = 0
+
+    def take_up(self) -> int:
+        asyncio.get_running_loop().call_soon(setattr, self, "others", 3)
+        return self.others
+
+
+async def test_the_gateway_looks_for_others_before_it_says_that_none_come() -> None:
+    catalog = CatalogView()
+    catalog.replace(Catalog(1, [CatalogModel("tiny", ModelState.READY, 0, 1, "nowhere")]))
+    pool = Mock()
+    calls = Calls(GatewayConfig(), catalog, pool, Traffic(), Numbers())
+    scope: Scope = {"type": "http", "headers": [], "state": {}}
+    attach(scope, RequestContext("r", monotonic(), cast(Connection, Crowd())))
+    asked = [ask(Kind.CHAT, messages=[ChatMessage("user", "hi")])]
+
+    async def receive() -> Message:
+        return await asyncio.get_running_loop().create_future()
+
+    async with calls.entered(scope, receive, "tiny", asked, timeout_s=5.0):
+        (entered,) = [call.args[0] for call in pool.desk_of.return_value.enter.call_args_list]
+    assert entered.message(1).coming == 3
 
 
 _REQUEST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 2\r\n\r\n"

@@ -20,9 +20,9 @@ def job(number: int, length: int, client: str = "", priority: int = 0, **more: A
     return Job(number, [5 + number % 50] * length, 4, client=client, priority=priority, **more)
 
 
-def started(turns: PromptTurns) -> list[int]:
+def started(turns: PromptTurns, *, answering: bool = True) -> list[int]:
     found = []
-    while (one := turns.next(never)) is not None:
+    while (one := turns.next(never, answering=answering)) is not None:
         found.append(one.id)
     return found
 
@@ -36,6 +36,22 @@ def test_short_prompts_go_together_up_to_one_chunk() -> None:
     for number in range(5):
         turns.progress(number, 1)
     assert started(turns) == [5, 6, 7, 8, 9], "those whose last token is left are no hindrance"
+
+
+def test_more_short_prompts_go_together_while_no_answer_would_wait_for_them() -> None:
+    for answering, together in ((True, 5), (False, 20)):
+        turns = PromptTurns(CHUNK, 64)
+        for number in range(30):
+            turns.add(job(number, 100))
+        assert len(started(turns, answering=answering)) == together
+        assert turns.chunk() == CHUNK, "each of them goes in whole"
+
+
+def test_long_prompts_do_not_go_together_though_no_answer_would_wait() -> None:
+    turns = PromptTurns(CHUNK, 64)
+    for number in range(30):
+        turns.add(job(number, CHUNK // 4 + 1))
+    assert len(started(turns, answering=False)) == 3
 
 
 def test_no_more_prompts_at_once_than_there_are_places() -> None:
@@ -127,6 +143,21 @@ def test_between_two_decode_steps_one_chunk_of_all_prompts_is_processed(backend:
         assert prompt_tokens(backend) - before <= 64
         assert 0 in {one for one, _, _ in tokens}, "what runs gets a token in each step"
         answered |= {one for one, _, _ in tokens} - {0}
+
+
+def test_prompts_that_come_together_get_their_first_tokens_together(backend: BatchBackend) -> None:
+    for number in range(16):
+        backend.insert(job(number, 10 + number % 6))
+    firsts = []
+    while not firsts:
+        firsts = backend.step()
+    assert sorted(one for one, _, _ in firsts) == list(range(16))
+    backend.insert(job(99, 10))
+    backend.remove(range(16))
+    while not (rest := backend.step()):
+        pass
+    assert [one for one, _, _ in rest] == [99]
+    backend.remove([99])
 
 
 def test_a_polite_client_waits_for_no_more_than_its_share_beside_a_hundred_long_prompts(backend: BatchBackend) -> None:
