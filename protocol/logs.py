@@ -28,7 +28,8 @@ ROTATION: Final = "50 MB"
 RETENTION: Final = 4
 _MAX_FRAMES: Final = 30
 _MAX_TEXT: Final = 4096
-_LINE_SEPARATORS: Final = ("\u0085", "\u2028", "\u2029")
+#: Characters that JSON allows in a string but at which many readers cut lines, and how they are escaped.
+_LINE_SEPARATORS: Final = {mark.encode(): json.dumps(mark)[1:-1].encode() for mark in ("\u0085", "\u2028", "\u2029")}
 #: Keys of `extra` with an underscore are ours: they carry finished text to loguru's format, which nothing in a value
 #: can then reach.
 _PROCESS: Final = "_process"
@@ -65,8 +66,10 @@ def setup_logging(process: str, *, file: Path | None, terminal: bool, level: str
 def json_line(fields: Mapping[str, object]) -> bytes:
     """Return fields as one line of JSON. Never fails: long text is cut, names of files that are not UTF-8 escaped."""
     line = msgspec.json.encode({_plain(key): _plain(value) for key, value in fields.items()}, enc_hook=_describe)
-    for separator in _LINE_SEPARATORS:  # allowed in JSON, but many readers cut lines at them
-        line = line.replace(separator.encode(), json.dumps(separator)[1:-1].encode())
+    if line.isascii():
+        return line
+    for separator, escaped in _LINE_SEPARATORS.items():
+        line = line.replace(separator, escaped)
     return line
 
 
@@ -85,6 +88,11 @@ def _to_terminal(text: str) -> None:
 
 
 def _plain(value: object) -> object:
+    kind = type(value)
+    if kind is str and len(value) <= _MAX_TEXT and value.isascii():  # type: ignore[arg-type, attr-defined]
+        return value
+    if value is None or kind is bool or kind is float:
+        return value
     if isinstance(value, list):
         return [_plain(item) for item in value[:_MAX_FRAMES]]
     if isinstance(value, int) and not -(2**63) <= value < 2**64:
