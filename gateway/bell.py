@@ -26,8 +26,9 @@ class Bell(Generic[RingerT]):
         self.blocked = blocked
         #: Called when more waits for the client than may.
         self.on_overflow: Callable[[], None] | None = None
+        #: Whether something has happened that nobody has been told yet.
+        self.dirty = False
         self._rung: list[RingerT] = []
-        self._dirty = False
         self._waiter: asyncio.Future[None] | None = None
         self._listener: Callable[[list[RingerT]], None] | None = None
         self._loop = asyncio.get_running_loop()
@@ -46,9 +47,9 @@ class Bell(Generic[RingerT]):
 
     def wake(self) -> None:
         """Let `news` return, or the listener hear of it in the next turn of the loop."""
-        if self._dirty:
+        if self.dirty:
             return
-        self._dirty = True
+        self.dirty = True
         if self._listener is not None:
             self._loop.call_soon(self._tell)
         elif self._waiter is not None and not self._waiter.done():
@@ -57,12 +58,12 @@ class Bell(Generic[RingerT]):
     def listen(self, listener: "Callable[[list[RingerT]], None] | None") -> None:
         """Have what `news` would return given to `listener`, None to nobody any more. It must not raise."""
         self._listener = listener
-        if listener is not None and self._dirty:
+        if listener is not None and self.dirty:
             self._loop.call_soon(self._tell)
 
     async def news(self) -> list[RingerT]:
         """Wait until something happened since the last call returned; return who rang. For one task only."""
-        if not self._dirty:
+        if not self.dirty:
             self._waiter = self._loop.create_future()
             try:
                 await self._waiter
@@ -71,11 +72,11 @@ class Bell(Generic[RingerT]):
         return self._take()
 
     def _tell(self) -> None:
-        if self._listener is not None and self._dirty:
+        if self._listener is not None and self.dirty:
             self._listener(self._take())
 
     def _take(self) -> list[RingerT]:
-        self._dirty = False
+        self.dirty = False
         rung, self._rung = self._rung, []
         for ringer in rung:
             ringer.rung = False

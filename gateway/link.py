@@ -34,8 +34,8 @@ class LinkOwner(Protocol):
     def on_connected(self) -> None:
         """The worker has answered the handshake; frames can be sent."""
 
-    def on_frame(self, frame: bytes | None) -> None:
-        """A frame has arrived; None stands for one that had more than one part."""
+    def on_frame(self, frame: bytes | None, *, more: bool = False) -> None:
+        """A frame has arrived; None stands for one that had more than one part. `more`: another one follows at once."""
 
     def on_lost(self, why: str) -> None:
         """The worker's end is closed, most likely because its process has ended. The link is closed too."""
@@ -148,12 +148,13 @@ class Link:
                 while self._socket.get(zmq.RCVMORE):
                     frame = None
                     self._socket.recv(zmq.NOBLOCK)
+                more = self._readable()
             except zmq.Again:
                 return
             except zmq.ZMQError as error:
                 self._lose(f"receive: {error.strerror}")
                 return
-            self._owner.on_frame(frame)
+            self._owner.on_frame(frame, more=more)
         self._schedule_read()
 
     def _read_monitor(self) -> None:

@@ -198,7 +198,7 @@ class WorkerPeer:
         """The worker is gone."""
         self._give_up(why, crashed=True)
 
-    def on_frame(self, frame: bytes | None) -> None:
+    def on_frame(self, frame: bytes | None, *, more: bool = False) -> None:
         """Give one message of the worker to the requests it is about."""
         try:
             message = self._decoder.decode(frame or b"")
@@ -218,7 +218,7 @@ class WorkerPeer:
                 if request.tokens:
                     going_on += 1
                     tokens += len(delta.token_ids)
-                if not request.add(delta):
+                if not request.add(delta, more=more):
                     self._out_of_turn(request)
                 elif request.finish is not None:
                     self._ended_by_worker(request)

@@ -7,6 +7,7 @@ process that works on it: with the tokens it has, the next process goes on.
 
 import secrets
 import time
+from collections.abc import Callable
 from enum import Enum, auto
 from functools import cached_property
 from typing import Final, Protocol
@@ -127,6 +128,8 @@ class Request:
         self.accepted_at: float | None = None
         self.first_text_at: float | None = None
         self.rung = False
+        #: Writes text to the client at once and returns True, if nothing is on its way that comes before.
+        self.direct: Callable[[str], bool] | None = None
         #: What `take_extras` would return.
         self.extras: Extras | None = None
         self._submit = submit
@@ -216,13 +219,19 @@ class Request:
         self.wake()
         return True
 
-    def add(self, delta: Delta) -> bool:
-        """Merge what one step brought. Return False if that makes no sense now."""
+    def add(self, delta: Delta, *, more: bool = False) -> bool:
+        """Merge what one step brought. Return False if that makes no sense now.
+
+        Text that goes on, and nothing else, is written at once, unless `more` comes that can be written with it:
+        ringing the bell for it costs as much as the writing.
+        """
         # Compared one by one: this runs once per token, and hashing an enum's member is slow.
         if self.state is not RequestState.STREAMING and self.state is not RequestState.ACCEPTED:
             return False
         self.tokens += delta.token_ids
         text = delta.text
+        if self.direct is not None and not more and self._only_goes_on(delta) and self.direct(text):
+            return True
         if text:
             self.state = RequestState.STREAMING
             if self.first_text_at is None:
@@ -244,6 +253,15 @@ class Request:
         if self._streams or self.ended:
             self.wake()
         return True
+
+    def _only_goes_on(self, delta: Delta) -> bool:
+        return (
+            self.state is RequestState.STREAMING
+            and bool(delta.text)
+            and delta.finish is None
+            and self.mark is None
+            and not (delta.logprobs or delta.reasoning or delta.tool_calls)
+        )
 
     def complete(self, result: Embedded | Ranked | Tokenized) -> bool:
         """Take an answer that is one message. Return False if that makes no sense now."""

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 from starlette.types import Scope, Send
@@ -108,15 +109,37 @@ class EventStream:
             return self._gained(await self._call.news())
         self._left: asyncio.Future[bytes] = self._loop.create_future()
         self._bell.listen(self._pump)
+        for index, request in enumerate(self._call.requests):
+            request.direct = partial(self._write_text, index)
         try:
             return await self._left
         finally:
-            self._bell.listen(None)
+            self._listen_no_more()
+
+    def _listen_no_more(self) -> None:
+        self._bell.listen(None)
+        for request in self._call.requests:
+            request.direct = None
+
+    def _write_text(self, index: int, text: str) -> bool:
+        """Write text that goes on at once; return False if something comes before it, or it needs waiting."""
+        assert self._put is not None
+        if self._bell.dirty or index not in self._begun:
+            return False
+        try:
+            data = self._writer.text(index, text)
+            if data is None or not self._put(data):
+                return False
+        except Exception as error:  # noqa: BLE001 - raised again in the task
+            self._stop(error)
+            return True
+        self._silent = False
+        self._wrote_at = self._loop.time()
+        return True
 
     def _pump(self, rung: Sequence[Request]) -> None:
         """Write what has been gained if that needs no waiting, else let the task do it."""
         assert self._put is not None
-        left = self._left
         try:
             self._call.hear(rung)
             data = self._gained(rung)
@@ -130,13 +153,16 @@ class EventStream:
                     self._wrote_at = self._loop.time()
                     return
         except Exception as error:  # noqa: BLE001 - raised again in the task
-            self._bell.listen(None)
-            if not left.done():
-                left.set_exception(error)
+            self._stop(error)
             return
-        self._bell.listen(None)
-        if not left.done():
-            left.set_result(data)
+        self._listen_no_more()
+        if not self._left.done():
+            self._left.set_result(data)
+
+    def _stop(self, error: Exception) -> None:
+        self._listen_no_more()
+        if not self._left.done():
+            self._left.set_exception(error)
 
     def _gained(self, rung: Sequence[Request]) -> bytes:
         if len(rung) == 1:

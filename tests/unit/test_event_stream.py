@@ -1,6 +1,8 @@
 """Events go to the connection directly while the client keeps up, else through `send`: the same bytes either way."""
 
 import asyncio
+import json
+import random
 from typing import Any
 from unittest.mock import Mock
 
@@ -109,6 +111,66 @@ async def test_a_client_that_takes_nothing_is_waited_for_and_gets_what_came_mean
     assert len(scene.put) == 2, "before and after"
 
 
+def text_of(written: list[bytes]) -> str:
+    lines = b"".join(written).decode().splitlines()
+    bodies = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    assert [body["choices"][0]["delta"].get("role") for body in bodies] == ["assistant"] + [None] * (len(bodies) - 1)
+    return "".join(body["choices"][0]["delta"].get("content", "") for body in bodies)
+
+
+async def test_text_that_goes_on_is_written_before_anybody_else_has_a_turn() -> None:
+    scene = Scene()
+    await scene.begin()
+    await scene.say("one")
+    before = len(scene.put)
+    scene.request.add(Delta(scene.request.rid, " two", [6]))
+    assert len(scene.put) == before + 1
+    assert scene.request.tokens == [5, 6]
+    await turns()
+    assert len(scene.put) == before + 1, "once"
+    scene.task.cancel()
+
+
+async def test_text_that_others_follow_at_once_is_written_with_them() -> None:
+    scene = Scene()
+    await scene.begin()
+    await scene.say("one")
+    before = len(scene.put)
+    scene.request.add(Delta(scene.request.rid, " two", [6]), more=True)
+    scene.request.add(Delta(scene.request.rid, " three", [7]))
+    assert len(scene.put) == before, "nothing goes before what came before it"
+    await turns()
+    assert len(scene.put) == before + 1
+    assert text_of(scene.written) == "one two three"
+    scene.task.cancel()
+
+
+@pytest.mark.parametrize("seed", range(30))
+async def test_whichever_way_text_goes_it_arrives_whole_and_in_order(seed: int) -> None:
+    chance = random.Random(seed)
+    scene = Scene(keepalive_s=chance.choice([60.0, 0.0005]))
+    await scene.begin()
+    expected = ""
+    for number in range(60):
+        scene.takes = chance.random() < 0.8
+        if chance.random() < 0.3:
+            scene.room.clear()
+        else:
+            scene.room.set()
+        text = chance.choice(["", f" {number}"])
+        expected += text
+        scene.request.add(Delta(scene.request.rid, text, [number]), more=chance.random() < 0.3)
+        if chance.random() < 0.6:
+            await turns(chance.randrange(4))
+        if chance.random() < 0.05:
+            await asyncio.sleep(0.001)
+    scene.room.set()
+    await scene.say(" end", finish=Finish.STOP)
+    await scene.task
+    assert text_of(scene.written) == expected + " end"
+    assert scene.request.tokens == [*range(60), 5]
+
+
 async def test_silence_is_broken_by_comments_that_are_written_directly_too() -> None:
     scene = Scene(keepalive_s=0.01)
     await scene.begin()
@@ -132,18 +194,24 @@ async def test_a_client_that_leaves_ends_the_task() -> None:
     scene = Scene()
     await scene.begin()
     await scene.say("one")
+    before = len(scene.put)
     scene.bell.leave()
+    scene.request.add(Delta(scene.request.rid, " two", [6]))
+    assert len(scene.put) == before, "nobody is there"
     with pytest.raises(ClientGoneError):
         await scene.task
 
 
-async def test_a_failure_while_writing_reaches_the_boundary(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["piece", "text"])
+async def test_a_failure_while_writing_reaches_the_boundary(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     def broken(*_: Any) -> bytes:
         raise ZeroDivisionError
 
     scene = Scene()
     await scene.begin()
-    monkeypatch.setattr(ChatChunks, "piece", broken)
+    if method == "text":
+        await scene.say("zero")
+    monkeypatch.setattr(ChatChunks, method, broken)
     await scene.say("one")
     with pytest.raises(ZeroDivisionError):
         await scene.task
