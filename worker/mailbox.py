@@ -14,6 +14,11 @@ from typing import Final
 from protocol.states import Phase
 from worker.jobs import GOES_ON, Event, Status, Stepped
 
+#: With more rows in a step than this steps wait in proportion, up to so many times as long: the more clients there are
+#: to wake, the more it costs.
+_ROWS: Final = 16
+_MOST_TIMES: Final = 3.0
+
 NEVER: Final = float("inf")
 
 
@@ -79,7 +84,8 @@ class Mailbox:
             else:
                 taken.append([happened])
         if self._gather_s and taken and isinstance(taken[-1], list):
-            self.due = monotonic() + self._gather_s
+            rows = len(taken[-1][-1].tokens)
+            self.due = monotonic() + self._gather_s * min(max(1.0, rows / _ROWS), _MOST_TIMES)
             self._gathering = True
         return taken
 

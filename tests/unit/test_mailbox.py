@@ -55,6 +55,15 @@ def test_the_first_step_wakes_and_those_that_follow_are_taken_together_when_they
     assert taken(mail) == [[step(2), step(3)]]
 
 
+@pytest.mark.parametrize(("rows", "times"), [(1, 1), (16, 1), (32, 2), (48, 3), (500, 3)])
+def test_the_more_rows_a_step_has_the_longer_the_next_ones_wait(box: Box, rows: int, times: float) -> None:
+    mail, _ = box()
+    mail.put(Stepped(1, [(row, 5, GOES_ON) for row in range(rows)]))
+    before = monotonic()
+    taken(mail)
+    assert before + 10 * times <= mail.due <= monotonic() + 10 * times
+
+
 def test_an_end_a_first_token_and_whatever_is_no_step_wake_at_once_and_take_along_what_waited(box: Box) -> None:
     for urgent, phase in ((step(3, AT_LENGTH), Phase.DECODE), (step(3), Phase.PREFILL)):
         mail, status = box()
