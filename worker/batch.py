@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from time import perf_counter
 from typing import Any, Final
 
 import mlx.core as mx
@@ -132,7 +133,9 @@ class BatchBackend:
     def step(self) -> list[Token]:
         """Run one decode step of all sequences, then one prefill chunk and one chunk of prompts to be scored."""
         self._begin_prompts()
+        began = perf_counter()
         prompts, responses = self._generator.next()
+        self._prompts.took(perf_counter() - began)
         tokens = [(self._jobs[r.uid], r.token, _ENDS[r.finish_reason]) for r in responses]
         self._scores = self._collect_scores(responses) if self._recorders and responses else NO_SCORES
         if self._unanswered:

@@ -1,9 +1,9 @@
 """Which prompts are processed next to each other, and how much of each between two decode steps. Pure policy.
 
 A chunk has so many tokens in all, whoever's they are, so that the answers that run wait for one chunk at most. Prompts
-that fit into one together are processed together; while no answer runs that could wait, short ones do so up to several
-times as many, as each further chunk costs all of them. Longer ones share it between clients: each client has one of its
-own under way, so that a hundred long prompts of one client leave another's first one half of every chunk.
+that fit into one together are processed together. Short prompts of a model so small that its steps cost more than its
+tokens go together beyond that, while no answer runs. Longer ones share a chunk between clients: each client has one of
+its own under way, so that a hundred long prompts of one client leave another's first one half of every chunk.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,13 @@ from worker.line import Line
 
 #: Prompts that share a chunk when they do not fit into it together. More would let all of them wait for each other.
 _SHARING: Final = 8
-#: While no answer runs, a chunk of prompts of at most so large a part of a chunk may have so many times its tokens.
+#: While no answer runs, a chunk of prompts of at most so large a part of a chunk may have so many times its tokens, if
+#: that takes no longer than this: a larger model would only keep the first ones waiting for the last.
 _SHORT_PART: Final = 4
 _IDLE_TIMES: Final = 4
+_IDLE_S: Final = 0.1
+#: With fewer tokens a step takes as long as with one, and tells nothing of what a token takes.
+_TELLING: Final = 32
 
 
 class PromptTurns:
@@ -31,6 +35,9 @@ class PromptTurns:
         #: Tokens that are not processed yet; with the last one an answer begins.
         self._left: dict[int, int] = {}
         self._answering = True
+        #: Tokens in the chunk under way, and the time that one of the last took, while no answer ran beside it.
+        self._going = 0
+        self._token_s = float("inf")
 
     def add(self, job: Job) -> None:
         """Line up a prompt."""
@@ -67,9 +74,14 @@ class PromptTurns:
         """Return how many tokens of each prompt go into the next chunk; it is padded to its longest."""
         under_way = [left for left in self._left.values() if left > 1]
         count = len(under_way)
-        if self._go_together(under_way):
-            return self._step_tokens
-        return max(1, self._step_tokens // count)
+        size = self._step_tokens if self._go_together(under_way) else max(1, self._step_tokens // count)
+        self._going = 0 if self._answering else sum(min(left, size) for left in under_way)
+        return size
+
+    def took(self, seconds: float) -> None:
+        """Note how long the step took of which `chunk` told the size."""
+        if self._going >= _TELLING:
+            self._token_s = seconds / self._going
 
     def _fits(self, job: Job) -> bool:
         under_way = {one: left for one, left in self._left.items() if left > 1}
@@ -86,8 +98,10 @@ class PromptTurns:
     def _go_together(self, lengths: list[int]) -> bool:
         """Return whether a chunk has room for so many tokens of each; they are padded to the longest."""
         longest = max(lengths, default=0)
-        waits_for_nobody = not self._answering and longest * _SHORT_PART <= self._step_tokens
-        return len(lengths) * longest <= self._step_tokens * (_IDLE_TIMES if waits_for_nobody else 1)
+        most = self._step_tokens
+        if not self._answering and longest * _SHORT_PART <= most:
+            most = max(most, int(min(most * _IDLE_TIMES, _IDLE_S / self._token_s)))
+        return len(lengths) * longest <= most
 
 
 def _length(job: Job) -> int:

@@ -27,6 +27,17 @@ def started(turns: PromptTurns, *, answering: bool = True) -> list[int]:
     return found
 
 
+def paced(token_s: float) -> PromptTurns:
+    """Of a model that processes a token of a prompt in so long."""
+    turns = PromptTurns(CHUNK, 64)
+    turns.add(job(999, 100))
+    assert started(turns, answering=False) == [999]
+    turns.chunk()
+    turns.took(100 * token_s)
+    turns.drop(999)
+    return turns
+
+
 def test_short_prompts_go_together_up_to_one_chunk() -> None:
     turns = PromptTurns(CHUNK, 8)
     for number in range(12):
@@ -39,16 +50,40 @@ def test_short_prompts_go_together_up_to_one_chunk() -> None:
 
 
 def test_more_short_prompts_go_together_while_no_answer_would_wait_for_them() -> None:
-    for answering, together in ((True, 5), (False, 20)):
-        turns = PromptTurns(CHUNK, 64)
+    for answering, token_s, together in (
+        (True, 0.00001, 5),
+        (False, 0.00001, 20),
+        (False, 0.0001, 10),
+        (False, 0.01, 5),
+    ):
+        turns = paced(token_s)
         for number in range(30):
             turns.add(job(number, 100))
         assert len(started(turns, answering=answering)) == together
         assert turns.chunk() == CHUNK, "each of them goes in whole"
 
 
-def test_long_prompts_do_not_go_together_though_no_answer_would_wait() -> None:
+def test_the_first_prompts_go_together_as_if_the_model_were_large() -> None:
     turns = PromptTurns(CHUNK, 64)
+    for number in range(30):
+        turns.add(job(number, 100))
+    assert len(started(turns, answering=False)) == 5
+
+
+def test_what_a_step_took_while_answers_ran_tells_nothing_of_prompts() -> None:
+    turns = paced(0.01)
+    turns.add(job(0, 100))
+    assert started(turns, answering=True) == [0]
+    turns.chunk()
+    turns.took(0.000001)
+    turns.drop(0)
+    for number in range(1, 30):
+        turns.add(job(number, 100))
+    assert len(started(turns, answering=False)) == 5
+
+
+def test_long_prompts_do_not_go_together_though_no_answer_would_wait() -> None:
+    turns = paced(0.00001)
     for number in range(30):
         turns.add(job(number, CHUNK // 4 + 1))
     assert len(started(turns, answering=False)) == 3
@@ -146,6 +181,7 @@ def test_between_two_decode_steps_one_chunk_of_all_prompts_is_processed(backend:
 
 
 def test_prompts_that_come_together_get_their_first_tokens_together(backend: BatchBackend) -> None:
+    backend._prompts._token_s = 0.00001
     for number in range(16):
         backend.insert(job(number, 10 + number % 6))
     firsts = []
