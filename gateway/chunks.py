@@ -31,8 +31,8 @@ class ChunkWriter(Protocol):
     def piece(self, index: int, request: Request) -> bytes:
         """Take what a request has gained and return it as events."""
 
-    def text(self, index: int, text: str) -> bytes | None:
-        """Return text that goes on as one event, None if it has to wait for something that comes with it."""
+    def text(self, index: int, text: str) -> bytes:
+        """Return text that comes with nothing else as one event: the one that matters for speed."""
 
     def finish(self, index: int, finish: Finish | None) -> bytes:
         """Return the event that says why the choice ended."""
@@ -83,15 +83,12 @@ class ChatChunks(_Common):
         text = request.take()
         if request.extras is not None or self._shown[index]:
             return self._rich(index, text, request.take_extras(), request.finish)
-        return self._content(index, text) if text else b""
+        return self.text(index, text) if text else b""
 
-    def text(self, index: int, text: str) -> bytes | None:
-        """Return a chunk with some of the answer, None if logprobs are to come with it."""
-        return None if self._shown[index] else self._content(index, text)
-
-    def _content(self, index: int, text: str) -> bytes:
-        # The event that matters for speed. No `frame`: nothing here holds a line end.
-        return b"%b%b%b" % (self._content_heads[index], json_line(text), self._content_tail)
+    def text(self, index: int, text: str) -> bytes:
+        """Return a chunk with some of the answer."""
+        # No `frame`: nothing here holds a line end. Joined, which takes half as long as to format.
+        return b"".join((self._content_heads[index], json_line(text), self._content_tail))
 
     def finish(self, index: int, finish: Finish | None) -> bytes:
         """Return the chunk that says why the choice ended."""
@@ -158,9 +155,9 @@ class TextChunks(_Common):
         shaped = json_line(self._logprobs[index].shape(logprobs)) if logprobs else b"null"
         return self._event(index, json_line(text), shaped, b"null")
 
-    def text(self, index: int, text: str) -> bytes | None:
-        """Return an event with some of the answer, None if logprobs are to come with it."""
-        return None if self._shown[index] else self._event(index, json_line(text), b"null", b"null")
+    def text(self, index: int, text: str) -> bytes:
+        """Return an event with some of the answer."""
+        return self._event(index, json_line(text), b"null", b"null")
 
     def finish(self, index: int, finish: Finish | None) -> bytes:
         """Return the event that says why the choice ended."""

@@ -63,6 +63,9 @@ class RequestState(Enum):
     FAILED = auto()
 
 
+_STREAMING: Final = RequestState.STREAMING
+
+
 class RequestOwner(Protocol):
     """Who is told of the turns in a request's life; called while frames are being read."""
 
@@ -159,6 +162,11 @@ class Request:
         return self._submit.trace
 
     @property
+    def scored(self) -> bool:
+        """Whether its tokens come with log probabilities."""
+        return self._submit.sampling.logprobs is not None
+
+    @property
     def priority(self) -> int:
         """How urgent it is; higher goes first."""
         return self._submit.priority
@@ -225,15 +233,25 @@ class Request:
         Text that goes on, and nothing else, is written at once, unless `more` comes that can be written with it:
         ringing the bell for it costs as much as the writing.
         """
-        # Compared one by one: this runs once per token, and hashing an enum's member is slow.
-        if self.state is not RequestState.STREAMING and self.state is not RequestState.ACCEPTED:
+        # This runs once per token, and to hash an enum's member or find it by name is slow.
+        goes_on = self.state is _STREAMING
+        if not goes_on and self.state is not RequestState.ACCEPTED:
             return False
         self.tokens += delta.token_ids
         text = delta.text
-        if self.direct is not None and not more and self._only_goes_on(delta) and self.direct(text):
+        if (
+            self.direct is not None
+            and not more
+            and goes_on
+            and text
+            and delta.finish is None
+            and self.mark is None
+            and not (delta.logprobs or delta.reasoning or delta.tool_calls)
+            and self.direct(text)
+        ):
             return True
         if text:
-            self.state = RequestState.STREAMING
+            self.state = _STREAMING
             if self.first_text_at is None:
                 self.first_text_at = time.monotonic()
             self._texts.append(text)
@@ -253,15 +271,6 @@ class Request:
         if self._streams or self.ended:
             self.wake()
         return True
-
-    def _only_goes_on(self, delta: Delta) -> bool:
-        return (
-            self.state is RequestState.STREAMING
-            and bool(delta.text)
-            and delta.finish is None
-            and self.mark is None
-            and not (delta.logprobs or delta.reasoning or delta.tool_calls)
-        )
 
     def complete(self, result: Embedded | Ranked | Tokenized) -> bool:
         """Take an answer that is one message. Return False if that makes no sense now."""

@@ -110,7 +110,8 @@ class EventStream:
         self._left: asyncio.Future[bytes] = self._loop.create_future()
         self._bell.listen(self._pump)
         for index, request in enumerate(self._call.requests):
-            request.direct = partial(self._write_text, index)
+            if not request.scored:  # logprobs may be held back, and text comes with them
+                request.direct = partial(self._write_text, index)
         try:
             return await self._left
         finally:
@@ -127,8 +128,7 @@ class EventStream:
         if self._bell.dirty or index not in self._begun:
             return False
         try:
-            data = self._writer.text(index, text)
-            if data is None or not self._put(data):
+            if not self._put(self._writer.text(index, text)):
                 return False
         except Exception as error:  # noqa: BLE001 - raised again in the task
             self._stop(error)

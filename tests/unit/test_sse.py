@@ -50,15 +50,9 @@ def test_named_events() -> None:
     assert DONE == b"data: [DONE]\n\n"
 
 
-def plain(writer: ChatChunks | TextChunks, text: str) -> bytes:
-    data = writer.text(0, text)
-    assert data is not None, "no logprobs are held back"
-    return data
-
-
 @given(any_text, any_text, st.booleans())
 def test_content_chunks_carry_any_text(text: str, model: str, usage: bool) -> None:
-    chunk = plain(ChatChunks("chatcmpl-1", 5, model, "fp", usage=usage), text)
+    chunk = ChatChunks("chatcmpl-1", 5, model, "fp", usage=usage).text(0, text)
     # `splitlines` ends lines in eleven places, as httpx does: only the two of the frame may remain.
     first, second = chunk.decode().splitlines()
     assert second == ""
@@ -111,7 +105,7 @@ def test_no_chunk_has_an_id_field() -> None:
     stream = (
         writer.begin(0)
         + KEEPALIVE
-        + plain(writer, "id: 5\nid: 6")
+        + writer.text(0, "id: 5\nid: 6")
         + writer.finish(0, Finish.STOP)
         + writer.usage(usage)
     )
@@ -121,7 +115,7 @@ def test_no_chunk_has_an_id_field() -> None:
 def test_one_stream_from_end_to_end() -> None:
     writer = ChatChunks("a", 1, "m", "fp", usage=True)
     usage = CompletionUsage(1, 2, 3, PromptTokensDetails(0))
-    stream = writer.begin(0) + plain(writer, "hi") + writer.finish(0, Finish.LENGTH) + writer.usage(usage) + DONE
+    stream = writer.begin(0) + writer.text(0, "hi") + writer.finish(0, Finish.LENGTH) + writer.usage(usage) + DONE
     *bodies, last = [data for _, data in events(stream)]
     parsed: list[dict[str, Any]] = [json.loads(body) for body in bodies]
     assert last == "[DONE]"
