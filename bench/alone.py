@@ -30,6 +30,8 @@ _MODEL: Final = "null"
 _MIB: Final = 1024**2
 #: More steps a second than a worker makes: it gives what it can.
 _UNPACED: Final = "1000000"
+#: Less than the gateway can write here: what it is late with it writes in fewer events.
+_PACED: Final = "600"
 _STREAMS: Final = 64
 #: Everything may wait here: what is measured is whether a connection is lost, not the limits.
 _QUEUE: Final = 4096
@@ -98,15 +100,29 @@ def measure(work: Path, rounds: int, say: Callable[[str], None], *, storm: bool 
                 note(f"memory of the {part} after {rounds} rounds, MiB", resident_bytes(pid) / _MIB)
     finally:
         alone.host.close()
+    if not storm:
+        _measure_events(work, rounds, note, say)
     return {**head(), "figures": found, "connections": connections}
+
+
+def _measure_events(work: Path, rounds: int, note: Note, say: Callable[[str], None]) -> None:
+    """Let each token be an event: a worker that sends each step by itself, no faster than its gateway can write."""
+    alone = Alone(work, _PACED, LMX_MODELS__GATHER_S="0")
+    try:
+        alone.ask(Workload("warm-up", _STREAMS, 64, 2))
+        for number in range(rounds):
+            say(f"round {number + 1} of {rounds}: {_STREAMS} streams, an event for each token")
+            measured = alone.ask(Workload("events", _STREAMS, 2000))
+            note("events a second, an event for each token", measured["events"] / measured["seconds"])
+            note("events per CPU second of the gateway", measured["events"] / measured["cpu_s"]["gateway"])
+    finally:
+        alone.host.close()
 
 
 def _measure_streams(alone: Alone, note: Note) -> None:
     measured = alone.ask(Workload("streams", _STREAMS, 1000))
     gateway_s = measured["cpu_s"]["gateway"]
-    note("events a second, all processes on this machine", measured["events"] / measured["seconds"])
-    note("events per CPU second of the gateway", measured["events"] / gateway_s)
-    note("tokens per CPU second of the gateway", measured["tokens"] / gateway_s)
+    note("tokens per CPU second of the gateway, merged into fewer events", measured["tokens"] / gateway_s)
     for part in ("gateway", "worker", "supervisor"):
         note(f"CPU ms per 1,000 tokens: {part}", measured["cpu_s"][part] / measured["tokens"] * 1e6)
 
