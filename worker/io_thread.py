@@ -100,7 +100,7 @@ class IoThread:
             raise self._bind_error
 
     def emit(self, happened: Event) -> None:
-        """Hand over an event; never waits."""
+        """Hand over an event; waits for half a millisecond at most."""
         self._mail.put(happened)
 
     def finish(self, code: WorkerExit, message: str) -> None:

@@ -7,6 +7,7 @@ for wakes it at once. The steps of a model that takes longer for one than that n
 
 import contextlib
 import socket
+import threading
 from collections import deque
 from time import monotonic
 from typing import Final
@@ -18,6 +19,8 @@ from worker.jobs import GOES_ON, Event, Status, Stepped
 #: to wake, the more it costs.
 _ROWS: Final = 16
 _MOST_TIMES: Final = 3.0
+#: A reader that is busy is not waited for any longer.
+_YIELD_S: Final = 0.0005
 
 NEVER: Final = float("inf")
 
@@ -36,6 +39,8 @@ class Mailbox:
         #: When to look without being woken, `time.monotonic()`.
         self.due = NEVER
         self._wake_in, self._wake_out = socket.socketpair()
+        #: The reader has begun to look.
+        self._heard = threading.Event()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
 
@@ -50,13 +55,19 @@ class Mailbox:
         return self._wake_out.fileno()
 
     def put(self, happened: Event) -> None:
-        """Hand over an event; never waits. One byte wakes the reader, however many events it then finds."""
+        """Hand over an event. One byte wakes the reader, however many events it then finds.
+
+        Whoever wakes the reader gives it a moment: building the next step holds the interpreter for as long as a small
+        model takes to make it, and somebody waits for this event.
+        """
         self._events.append(happened)
         if self._woken or (self._gathering and self._can_wait(happened)):
             return
         self._woken = True
+        self._heard.clear()
         with contextlib.suppress(BlockingIOError):  # full of wake-ups already
             self._wake_out.send(b"\0")
+        self._heard.wait(_YIELD_S)
 
     def read_wake_ups(self) -> set[int]:
         """Return the bytes that arrived: zeros, and the numbers of signals. Then take the events."""
@@ -72,6 +83,7 @@ class Mailbox:
         """Return what there is in its order, steps that follow each other as one list."""
         # Before the events are taken, for the same reason.
         self._gathering = False
+        self._heard.set()
         self.due = NEVER
         taken: list[Event | list[Stepped]] = []
         events = self._events

@@ -1,12 +1,14 @@
 """Which events wake the IO thread, and which wait for it to look."""
 
 import select
+import threading
 from collections.abc import Callable, Iterator
 from time import monotonic
 
 import pytest
 
 from protocol.states import Phase, WorkerExit
+from worker import mailbox
 from worker.jobs import AT_LENGTH, GOES_ON, Event, Finished, Status, Stepped, Warming
 from worker.mailbox import NEVER, Mailbox
 
@@ -53,6 +55,31 @@ def test_the_first_step_wakes_and_those_that_follow_are_taken_together_when_they
     mail.put(step(3))
     assert not woken(mail)
     assert taken(mail) == [[step(2), step(3)]]
+
+
+def test_who_wakes_the_reader_lets_it_begin_and_does_not_wait_for_one_that_is_busy(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mail, _ = box()
+    before = monotonic()
+    mail.put(Warming())
+    assert monotonic() - before < 1, "nobody reads"
+    taken(mail)
+    monkeypatch.setattr(mailbox, "_YIELD_S", 60.0)
+    begun = []
+
+    def read() -> None:
+        select.select([mail.fileno], [], [], 60)
+        begun.append(monotonic())
+        taken(mail)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    before = monotonic()
+    mail.put(Warming())
+    assert begun
+    assert monotonic() - before < 30, "it began"
+    reader.join()
 
 
 @pytest.mark.parametrize(("rows", "times"), [(1, 1), (16, 1), (32, 2), (48, 3), (500, 3)])
