@@ -136,9 +136,10 @@ class HttpProtocol(HttpToolsProtocol):
         """End a request."""
         self._undigested_bytes = 0
         super().on_message_complete()
-        # An upgrade has no cycle, and what was refused before its end is nobody's work any more.
+        # An upgrade has no cycle, what was refused before its end is nobody's work any more, and what waits for the
+        # answer to another request on its connection does not come at once.
         cycle: RequestResponseCycle | None = self.cycle
-        if not self._arrived and cycle is not None and not cycle.response_complete:
+        if not self._arrived and cycle is not None and self._answered() is cycle:
             self._arrived = True
             self._arrivals.count += 1
 
