@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from collections import deque
 from typing import Any
 
 import msgspec
@@ -346,7 +347,7 @@ async def test_too_slow_a_head_is_a_408() -> None:
 
     protocol = HttpProtocol.__new__(HttpProtocol)
     protocol.transport = unittest.mock.Mock(is_closing=lambda: False)
-    protocol.cycle = None  # type: ignore[assignment]
+    protocol._open = deque()
     protocol._head_missing()
     (written,), _ = protocol.transport.write.call_args
     assert written.startswith(b"HTTP/1.1 408 ")
@@ -362,7 +363,7 @@ async def test_a_head_that_arrived_while_the_gateway_had_no_time_is_not_called_l
     for arrives in (True, False):
         protocol = HttpProtocol.__new__(HttpProtocol)
         protocol.transport = unittest.mock.Mock(is_closing=lambda: False)
-        protocol.cycle = None  # type: ignore[assignment]
+        protocol._open = deque()
         protocol.loop = asyncio.get_running_loop()
         protocol._head_late()
         if arrives:  # the loop reads sockets after its timers
