@@ -164,6 +164,9 @@ class Calls:
         context = context_of(scope)
         priority = priority_of(scope, context.access.priority if context.access is not None else 0)
         await self._catalog.arrived()
+        if not context.take_up():
+            # What has arrived meanwhile is read in one turn of the loop, and then known to come.
+            await asyncio.sleep(0)
         found = self._catalog.find(model)
         check_kind(found, asked[0].kind)
         self._pool.want(found)
@@ -175,9 +178,6 @@ class Calls:
         groups: dict[int, int] = {}
         span = self._tracer.start(span_name(asked[0].kind, found.id), context.traceparent, asked_for(found.id, asked))
         context.traceparent = span.traceparent
-        if not context.take_up():
-            # What has arrived meanwhile is read in one turn of the loop, and then known to come.
-            await asyncio.sleep(0)
         coming = context.take_up() + len(asked)
         for wanted in asked:
             coming -= 1

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import logging
 import socket
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -69,6 +70,9 @@ class HttpProtocol(HttpToolsProtocol):
     def __init__(self, arrivals: Arrivals, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._arrivals = arrivals
+        #: Requests in their order whose responses are not complete: the first is being answered, the others wait.
+        #: uvicorn knows only the last one.
+        self._open: deque[RequestResponseCycle] = deque()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock for the first request."""
@@ -76,10 +80,11 @@ class HttpProtocol(HttpToolsProtocol):
         self._start_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the clock."""
+        """Forget the clock; tell everyone who answers."""
         self._stop_head_timer()
         self.take_up()
         super().connection_lost(exc)
+        self._disconnect()
 
     def data_received(self, data: bytes) -> None:
         """Parse what has arrived."""
@@ -114,7 +119,11 @@ class HttpProtocol(HttpToolsProtocol):
         self._stop_head_timer()
         self._undigested_bytes = 0
         scope: Any = self.scope
+        before = self.cycle
         super().on_headers_complete()
+        if self.cycle is not before:  # not an upgrade
+            self._answered()
+            self._open.append(self.cycle)
         # Of this request, also while another one on the same connection waits behind it.
         scope["extensions"][WRITE_EXTENSION] = functools.partial(_write_chunk, self.cycle)
 
@@ -127,9 +136,10 @@ class HttpProtocol(HttpToolsProtocol):
         """End a request."""
         self._undigested_bytes = 0
         super().on_message_complete()
-        # An upgrade has no cycle, and what was refused before its end is nobody's work any more.
+        # An upgrade has no cycle, what was refused before its end is nobody's work any more, and what waits for the
+        # answer to another request on its connection does not come at once.
         cycle: RequestResponseCycle | None = self.cycle
-        if not self._arrived and cycle is not None and not cycle.response_complete:
+        if not self._arrived and cycle is not None and self._answered() is cycle:
             self._arrived = True
             self._arrivals.count += 1
 
@@ -150,15 +160,27 @@ class HttpProtocol(HttpToolsProtocol):
 
     def close_after_response(self) -> None:
         """Do not keep the connection alive after the response that is running."""
-        if self.cycle is not None:
-            self.cycle.keep_alive = False
+        cycle = self._answered()
+        if cycle is not None:
+            cycle.keep_alive = False
 
     def abort(self) -> None:
         """Close at once and drop what is unsent."""
-        if self.cycle is not None:
-            # The transport reports the loss one turn of the loop later; until then uvicorn would complain.
-            self.cycle.disconnected = True
+        # The transport reports the loss one turn of the loop later; until then uvicorn would complain.
+        self._disconnect()
         self.transport.abort()
+
+    def _answered(self) -> RequestResponseCycle | None:
+        """Return the request that is being answered."""
+        while self._open and self._open[0].response_complete:
+            self._open.popleft()
+        return self._open[0] if self._open else None
+
+    def _disconnect(self) -> None:
+        self._answered()
+        for cycle in self._open:
+            cycle.disconnected = True
+            cycle.message_event.set()
 
     def _count_head(self, size: int) -> None:
         self._head_bytes += size
@@ -187,9 +209,9 @@ class HttpProtocol(HttpToolsProtocol):
         self._stop_head_timer()
         if self.transport.is_closing():
             return
-        cycle: RequestResponseCycle | None = self.cycle
-        if cycle is not None and cycle.response_started and not cycle.response_complete:
-            self.transport.abort()
+        cycle = self._answered()
+        if cycle is not None and cycle.response_started:
+            self.abort()
             return
         request_id = new_request_id()
         event("http_refused", code=error.code, request_id=request_id)

@@ -51,6 +51,7 @@ _PROMPT_LISTS: Final = (
     "stop_sequences",
     "max_tokens",
 )
+_KNOWN_PROMPT_STATE: Final = frozenset(_PROMPT_LISTS) | {"model", "prefill_step_size", "fallback_sampler"}
 #: Free memory that is kept after a chunk for the next steps: to ask the system for it again takes longer than a small
 #: model's step.
 _KEPT_BYTES: Final = 64 * 1024**2
@@ -273,9 +274,11 @@ def batches_of(generator: BatchGenerator) -> tuple[PromptProcessingBatch, Genera
 
 def _is_known(generator: Any) -> bool:
     batch = getattr(generator, "_generation_batch", None)
+    prompts = getattr(generator, "_prompt_batch", None)
     return (
         type(batch) is GenerationBatch
-        and type(getattr(generator, "_prompt_batch", None)) is PromptProcessingBatch
+        and type(prompts) is PromptProcessingBatch
         and tuple(inspect.signature(GenerationBatch).parameters) == _KNOWN_ARGUMENTS
         and vars(batch).keys() == _KNOWN_STATE
+        and vars(prompts).keys() == _KNOWN_PROMPT_STATE
     )

@@ -1,6 +1,8 @@
 """No input is answered with a 5xx, none makes the gateway grow, and the next client is served."""
 
 import asyncio
+import contextlib
+from collections import deque
 from typing import Any
 
 import msgspec
@@ -9,10 +11,12 @@ import pytest
 
 from protocol.config import GatewayConfig
 from protocol.data import Submit
-from tests.e2e.gateway_harness import PATIENCE_S, Stack, chat_body, stack
+from tests.e2e.gateway_harness import FAIL, PATIENCE_S, Stack, chat_body, stack
 
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
 GOOD = msgspec.json.encode(chat_body())
+_STREAMED = msgspec.json.encode(chat_body(stream=True))
+STREAM = POST + b"content-length: %d\r\n\r\n" % len(_STREAMED) + _STREAMED
 
 BODIES: list[tuple[bytes, int, str, str | None]] = [
     (b"", 400, "invalid_json", None),
@@ -223,6 +227,54 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
         writer.close()
 
 
+async def test_a_client_that_leaves_with_a_request_behind_its_stream_is_told_to_the_worker() -> None:
+    async with stack(GatewayConfig(keepalive_s=300)) as lmx:
+        worker = await lmx.start_worker()
+        reader, writer = await asyncio.open_connection("127.0.0.1", lmx.gateway.port)
+        writer.write(STREAM + STREAM)
+        rid = (await worker.accept()).rid
+        await worker.step(rid, "first")
+        async with asyncio.timeout(PATIENCE_S):
+            await reader.readuntil(b"first")
+        writer.transport.abort()
+        await worker.aborted(rid)
+        await still_serves(lmx)
+        assert not [line for line in lmx.gateway.events() if line["event"] == "request_crashed"]
+
+
+async def test_nothing_is_written_into_a_stream_behind_which_nonsense_follows() -> None:
+    async with stack() as lmx:
+        worker = await lmx.start_worker()
+        reader, writer = await asyncio.open_connection("127.0.0.1", lmx.gateway.port)
+        writer.write(STREAM)
+        rid = (await worker.accept()).rid
+        await worker.step(rid, "first")
+        async with asyncio.timeout(PATIENCE_S):
+            await reader.readuntil(b"first")
+            writer.write(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\nnonsense\r\n\r\n")
+            rest = b""
+            with contextlib.suppress(ConnectionError):
+                rest = await reader.read()
+        assert b"HTTP/1.1" not in rest
+        await worker.aborted(rid)
+        writer.close()
+
+
+async def test_a_broken_stream_closes_its_connection_though_a_request_waits_behind_it() -> None:
+    async with stack(FAIL) as lmx:
+        worker = await lmx.start_worker()
+        reader, writer = await asyncio.open_connection("127.0.0.1", lmx.gateway.port)
+        writer.write(STREAM + b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        await worker.step((await worker.accept()).rid, "first")
+        async with asyncio.timeout(PATIENCE_S):
+            await reader.readuntil(b"first")
+            worker.die()
+            rest = await reader.read()
+        assert b"worker_crashed" in rest
+        assert b"HTTP/1.1" not in rest, "no answer follows on this connection"
+        writer.close()
+
+
 async def test_other_protocols_offered_by_upgrade_are_declined() -> None:
     async with stack() as lmx:
         request = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n"
@@ -295,7 +347,7 @@ async def test_too_slow_a_head_is_a_408() -> None:
 
     protocol = HttpProtocol.__new__(HttpProtocol)
     protocol.transport = unittest.mock.Mock(is_closing=lambda: False)
-    protocol.cycle = None  # type: ignore[assignment]
+    protocol._open = deque()
     protocol._head_missing()
     (written,), _ = protocol.transport.write.call_args
     assert written.startswith(b"HTTP/1.1 408 ")
@@ -311,7 +363,7 @@ async def test_a_head_that_arrived_while_the_gateway_had_no_time_is_not_called_l
     for arrives in (True, False):
         protocol = HttpProtocol.__new__(HttpProtocol)
         protocol.transport = unittest.mock.Mock(is_closing=lambda: False)
-        protocol.cycle = None  # type: ignore[assignment]
+        protocol._open = deque()
         protocol.loop = asyncio.get_running_loop()
         protocol._head_late()
         if arrives:  # the loop reads sockets after its timers

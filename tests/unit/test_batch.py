@@ -134,8 +134,9 @@ def test_the_lean_batch_is_installed_for_the_pinned_mlx_lm(tiny: Model) -> None:
     assert not tiny.backend(plain=True).is_lean
 
 
-def test_an_unknown_mlx_lm_is_left_alone(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lean, "_KNOWN_STATE", lean._KNOWN_STATE | {"_new"})
+@pytest.mark.parametrize("known", ["_KNOWN_STATE", "_KNOWN_PROMPT_STATE"])
+def test_an_unknown_mlx_lm_is_left_alone(tiny: Model, monkeypatch: pytest.MonkeyPatch, known: str) -> None:
+    monkeypatch.setattr(lean, known, getattr(lean, known) | {"_new"})
     backend = tiny.backend()
     assert not backend.is_lean
     assert type(backend._generator._generation_batch).__name__ == "GenerationBatch"

@@ -17,14 +17,14 @@ from gateway.context import ClientGoneError, RequestContext
 from gateway.requests import Request
 from gateway.sse import DONE, KEEPALIVE
 from gateway.stream import EventStream
-from protocol.data import Delta, Finish, Kind, Usage
+from protocol.data import Delta, Finish, Kind, Sampling, TokenLogprob, ToolDelta, Usage
 from protocol.errors import LmxError
 
 
 class Scene:
     """One stream, what it wrote, and which way."""
 
-    def __init__(self, *, direct: bool = True, keepalive_s: float = 60.0) -> None:
+    def __init__(self, *, direct: bool = True, keepalive_s: float = 60.0, logprobs: int | None = None) -> None:
         self.takes = True
         self.put: list[bytes] = []
         self.sent: list[Message] = []
@@ -35,17 +35,16 @@ class Scene:
         bell: Bell[Request] = Bell()
         self.bell = bell
         loop_time = asyncio.get_running_loop().time()
-        self.request = Request(
-            "m", ask(Kind.CHAT), bell, limit=1000, streams=True, continues=False, deadline_at=loop_time + 60
-        )
+        asked = ask(Kind.CHAT, sampling=Sampling(logprobs=logprobs))
+        self.request = Request("m", asked, bell, limit=1000, streams=True, continues=False, deadline_at=loop_time + 60)
         context = RequestContext("req-1", loop_time, None)
         call = Call(Mock(id="m", capabilities=None), context, [self.request], [self.request], bell, Mock())
         call.enter()
         self.request.submitted()
         writer = ChatChunks("id", 1, "m", "f", usage=False)
         put = self._put if direct else None
-        stream = EventStream(call, writer, self._send, include_usage=False, keepalive_s=keepalive_s, put=put)
-        self.task = asyncio.create_task(stream.run())
+        self.stream = EventStream(call, writer, self._send, include_usage=False, keepalive_s=keepalive_s, put=put)
+        self.task = asyncio.create_task(self.stream.run())
 
     def _put(self, data: bytes) -> bool:
         if self.takes:
@@ -169,6 +168,61 @@ async def test_whichever_way_text_goes_it_arrives_whole_and_in_order(seed: int) 
     await scene.task
     assert text_of(scene.written) == expected + " end"
     assert scene.request.tokens == [*range(60), 5]
+
+
+@pytest.mark.parametrize("logprobs", [None, 0])
+async def test_what_comes_beside_text_goes_with_it_whichever_way_the_rest_goes(logprobs: int | None) -> None:
+    def scored(text: str) -> list[TokenLogprob]:
+        return [] if logprobs is None else [TokenLogprob(text, -0.5, text.encode(), [])]
+
+    written = []
+    for direct in (True, False):
+        scene = Scene(direct=direct, logprobs=logprobs)
+        await scene.begin()
+        rid = scene.request.rid
+        for delta in (
+            Delta(rid, "one", [1], logprobs=scored("one")),
+            # Text may come later than its tokens, and a token's end without it.
+            Delta(rid, "", [2], logprobs=scored(" two")),
+            Delta(rid, " t", [3]),
+            Delta(rid, "wo", [4], reasoning="hm" if logprobs is None else ""),
+            Delta(rid, " three", [5], logprobs=scored(" three")),
+            Delta(rid, " four", [6], tool_calls=[ToolDelta(0, "id", "f", "{}")] if logprobs is None else []),
+            Delta(rid, " five", [7], Finish.STOP, Usage(1, 7), logprobs=scored(" five")),
+        ):
+            scene.request.add(delta)
+            await turns()
+        await scene.task
+        written.append(b"".join(scene.written))
+    assert written[0] == written[1]
+    assert b"hm" in written[0] or logprobs is not None
+
+
+async def test_one_that_is_watched_is_told_of_its_mark_though_its_text_could_go_directly() -> None:
+    scene = Scene()
+    await scene.begin()
+    await scene.say("one")
+    scene.request.owner = owner = Mock()
+    scene.request.mark = 3
+    await scene.say(" two")
+    owner.on_mark.assert_not_called()
+    await scene.say(" three")
+    owner.on_mark.assert_called_once_with(scene.request)
+    assert text_of(scene.written) == "one two three"
+    scene.task.cancel()
+
+
+async def test_text_that_is_written_directly_is_no_silence() -> None:
+    scene = Scene()
+    await scene.begin()
+    await scene.say("one")
+    scene.stream._wrote_at -= 1000.0
+    await scene.say(" two")
+    scene.stream._timer.cancel()
+    scene.stream._tick()
+    await turns()
+    assert KEEPALIVE not in scene.put
+    scene.task.cancel()
 
 
 async def test_silence_is_broken_by_comments_that_are_written_directly_too() -> None:

@@ -7,6 +7,7 @@ from time import monotonic
 from typing import Any, cast
 from unittest.mock import Mock
 
+import pytest
 import uvicorn
 from starlette.types import Message, Scope
 
@@ -19,6 +20,7 @@ from gateway.traffic import Traffic
 from protocol.config import GatewayConfig
 from protocol.control import Catalog, CatalogModel
 from protocol.data import ChatMessage, Kind, Sampling, Submit
+from protocol.errors import LmxError
 from protocol.states import ModelState, WorkerExit
 from tests.unit.test_worker_policy import GATEWAY, INCARNATION, Desk
 from worker.engine import Engine
@@ -166,6 +168,25 @@ async def test_the_gateway_looks_for_others_before_it_says_that_none_come() -> N
     assert entered.message(1).coming == 3
 
 
+async def test_a_model_that_is_unloaded_while_the_gateway_looks_for_others_is_not_asked() -> None:
+    catalog = CatalogView()
+    catalog.replace(Catalog(1, [CatalogModel("tiny", ModelState.READY, 0, 1, "nowhere")]))
+    connection, pool = Mock(), Mock()
+
+    def take_up() -> int:
+        asyncio.get_running_loop().call_soon(catalog.replace, Catalog(2, []))
+        return 0
+
+    connection.take_up = take_up
+    calls = Calls(GatewayConfig(), catalog, pool, Traffic(), Numbers())
+    scope: Scope = {"type": "http", "headers": [], "state": {}}
+    attach(scope, RequestContext("r", monotonic(), connection))
+    with pytest.raises(LmxError, match="does not exist"):
+        async with calls.entered(scope, Mock(), "tiny", [ask(Kind.CHAT)], timeout_s=5.0):
+            pass
+    pool.desk_of.assert_not_called()
+
+
 _REQUEST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 2\r\n\r\n"
 
 
@@ -198,5 +219,7 @@ async def test_the_gateway_counts_what_has_arrived_in_full_and_nobody_works_on()
     for gone in (second, third):
         gone.connection_lost(None)
     assert first.take_up() == 0, "who is gone is not waited for"
+    first.data_received(_REQUEST + b"{}")
+    assert arrivals.count == 0, "who waits behind an answer on his connection does not come at once"
     first.connection_lost(None)
     await asyncio.gather(*server.server_state.tasks)
