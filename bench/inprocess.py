@@ -17,6 +17,7 @@ from mlx_lm import load
 from mlx_lm.generate import BatchGenerator
 
 from bench.measures import percentile
+from bench.options import end_cleanly
 from bench.workloads import Workload, prompt
 from protocol.config import ModelsConfig
 from worker import lean
@@ -112,6 +113,7 @@ class Limit:
 
 def main() -> None:
     """Serve measurements until stdin ends."""
+    end_cleanly()
     # As in worker/process.py: the compiler that mx.compile starts must not get our matrix library.
     os.environ.pop("LD_PRELOAD", None)
     limit = Limit(sys.argv[1], is_lean=sys.argv[2:] == ["lean"])
