@@ -33,7 +33,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, help="an MLX model folder (default: a tiny random one, from a checkout)")
     parser.add_argument("--embedder", type=Path, help="an embedding model's folder, measured on LMX alone")
-    parser.add_argument("--who", default=",".join(_KINDS), help="of " + ", ".join(_KINDS) + " (default: all there are)")
+    parser.add_argument("--who", help="of " + ", ".join(_KINDS) + " (default: all there are)")
     parser.add_argument(
         "--streams", type=numbers, default="1,4,16,32,64", help="numbers of streams (default: 1,4,16,32,64)"
     )
@@ -46,7 +46,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--blas-threads", type=at_least_one, default=1, help="of the CPU matrix library (default: 1)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write report.md, report.json and plots there")
     args = parser.parse_args(argv)
-    args.who = args.who.split(",")
+    args.told_who = args.who is not None
+    args.who = args.who.split(",") if args.told_who else list(_KINDS)
     if unknown := set(args.who) - set(_KINDS):
         parser.error(f"--who: there is no {', '.join(sorted(unknown)) or 'name'}: one of {', '.join(_KINDS)}")
     for option, folder in (("--model", args.model), ("--embedder", args.embedder)):
@@ -71,9 +72,9 @@ def contenders(args: argparse.Namespace, folder: Path, preload: Preload | None) 
         found.append(MlxLmServer(folder, preload, threads))
     if "vllm-mlx" in args.who:
         python = peers.vllm_mlx()
-        if python is None:
+        if python is None and args.told_who:  # who has installed LMX has no such script
             sys.stderr.write("bench: without vllm-mlx: scripts/bench-peers makes its environment\n")
-        else:
+        elif python is not None:
             found.append(VllmMlx(folder, preload, threads, python))
     return found
 

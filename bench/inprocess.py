@@ -70,8 +70,9 @@ class Limit:
             responses = self._generator.next()[1]
             now = time.perf_counter()
             done += len(responses)
-            ttft_s += [now - inserted_at.pop(r.uid) for r in responses if r.uid in inserted_at]
-            gaps_s.append(now - last)
+            firsts = [now - inserted_at.pop(r.uid) for r in responses if r.uid in inserted_at]
+            ttft_s += firsts
+            gaps_s += [now - last] * (len(responses) - len(firsts))  # a stream that goes on has a token in each step
             last = now
             for response in responses:
                 if response.finish_reason is not None:

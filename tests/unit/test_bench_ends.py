@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from bench.__main__ import parse
 from bench.compare import Comparison, undisturbed
 from bench.contenders import Contender, Measured, Peer
 from bench.gate import middle, outgrown, read_baseline, read_tolerance, verdict
+from bench.inprocess import Limit
 from bench.load import run_load, summary
 from bench.workloads import Workload
 
@@ -57,13 +59,45 @@ def test_a_run_in_which_nothing_was_answered_has_failed(
 
 async def test_the_clock_begins_with_the_first_request(monkeypatch: pytest.MonkeyPatch) -> None:
     def slowly(*_: Any) -> str:
-        time.sleep(0.5)
+        time.sleep(1.0)
         return "words"
 
     monkeypatch.setattr("bench.load.prompt", slowly)
     served, seconds = await run_load("http://127.0.0.1:1", "m", Workload("w", 1, 1))
     assert [one.error for one in served] == ["refused"]
-    assert seconds < 0.4
+    assert seconds < 0.9
+
+
+class Generator:
+    """Two rows: nothing in the first step, then a token of each in every step."""
+
+    def __init__(self) -> None:
+        self.left: dict[int, int] = {}
+        self.steps = 0
+        self.now = 0.0
+
+    def insert(self, _prompts: list[list[int]], tokens: list[int], **_: Any) -> tuple[int]:
+        self.left[len(self.left)] = tokens[0]
+        return (len(self.left) - 1,)
+
+    def next(self) -> tuple[None, list[SimpleNamespace]]:
+        self.steps += 1
+        self.now += 100.0 if self.steps == 2 else 1.0
+        if self.steps == 1:
+            return None, []
+        self.left = {uid: left - 1 for uid, left in self.left.items()}
+        return None, [SimpleNamespace(uid=uid, finish_reason=None if n else "length") for uid, n in self.left.items()]
+
+
+def test_in_process_too_a_gap_is_between_two_tokens_of_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, generator = Limit.__new__(Limit), Generator()
+    monkeypatch.setattr("bench.inprocess.time", SimpleNamespace(perf_counter=lambda: generator.now))
+    limit._generator, limit._sampler = generator, None
+    limit._tokenizer = SimpleNamespace(has_chat_template=False, encode=lambda _: [1])
+    found = limit.measure(Workload("w", 2, 9))
+    assert found["tokens"] == 18
+    assert found["gap_p99_s"] == 1.0, "before the first token there is no gap"
+    assert found["ttft_s"] == [101.0, 101.0]
 
 
 async def test_an_answer_that_never_comes_costs_no_other_request(monkeypatch: pytest.MonkeyPatch) -> None:
