@@ -18,7 +18,7 @@ from bench import gate
 from bench.__main__ import parse
 from bench.compare import Comparison, undisturbed
 from bench.contenders import Contender, Measured, Peer
-from bench.gate import middle, outgrown, read_baseline, read_tolerance, verdict
+from bench.gate import highest, outgrown, read_baseline, read_tolerance, verdict
 from bench.inprocess import Limit
 from bench.load import run_load, summary
 from bench.workloads import Workload
@@ -258,27 +258,28 @@ def test_what_is_no_number_does_not_pass_the_gate() -> None:
 def test_the_gate_says_when_its_baseline_has_been_outgrown(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert outgrown({"a": 8.4, "b": 8.6, "new": 1.0}, {"a": 10.0, "b": 10.0}, 0.15) == ["a"]
+    baseline = {"a: calls": 10.0, "modules": 10.0, "CPU": 10.0}
+    assert outgrown({"a: calls": 8.4, "modules": 8.6, "CPU": 1.0, "new: calls": 1.0}, baseline, 0.15) == ["a: calls"]
     file = tmp_path / "baseline.json"
-    file.write_text(json.dumps({"figures": {"a": 10.0}}))
+    file.write_text(json.dumps({"figures": {"a: calls": 10.0}}))
     monkeypatch.setenv("LMX_PERF_BASELINE", str(file))
-    monkeypatch.setattr(gate, "PARTS", {"one": lambda *_: {"a": 4.0}})
+    monkeypatch.setattr(gate, "PARTS", {"one": lambda *_: {"a: calls": 4.0}})
     monkeypatch.setattr(gate, "end_cleanly", lambda: None)
     monkeypatch.setattr(sys, "argv", ["perf-gate", "--parts", "one"])
     assert gate.main() == 0
     assert "--update" in capsys.readouterr().out
 
 
-def test_an_update_writes_the_middle_of_several_and_leaves_the_rest(
+def test_an_update_writes_the_highest_of_several_and_leaves_the_rest(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert middle([{"a": 1.0}, {"a": 9.0}, {"a": 2.0}]) == {"a": 2.0}
+    assert highest([{"a": 1.0}, {"a": 9.0}, {"a": 2.0}]) == {"a": 9.0}
     file = tmp_path / "baseline.json"
     file.write_text(json.dumps({"figures": {"a": 10.0, "other": 5.0}}))
-    values = iter([3.0, 90.0, 4.0])
+    values = iter([3.0, 6.0, 4.0])
     monkeypatch.setenv("LMX_PERF_BASELINE", str(file))
     monkeypatch.setattr(gate, "PARTS", {"one": lambda *_: {"a": next(values)}})
     monkeypatch.setattr(gate, "end_cleanly", lambda: None)
     monkeypatch.setattr(sys, "argv", ["perf-gate", "--parts", "one", "--update"])
     assert gate.main() == 0
-    assert read_baseline(file) == {"a": 4.0, "other": 5.0}
+    assert read_baseline(file) == {"a": 6.0, "other": 5.0}
