@@ -5,7 +5,6 @@ The report goes to stdout as Markdown, progress to stderr; with --out also JSON 
 """
 
 import argparse
-import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import psutil
 from bench import peers
 from bench.compare import Comparison, Progress, head
 from bench.contenders import Contender, InProcess, Lmx, MlxLmServer, VllmMlx
+from bench.options import at_least_one, end_cleanly, numbers
 from bench.plot import bars
 from bench.report import markdown, tokens_per_s, ttft_ms
 from bench.workloads import Workload, standard
@@ -33,19 +33,28 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, help="an MLX model folder (default: a tiny random one, from a checkout)")
     parser.add_argument("--embedder", type=Path, help="an embedding model's folder, measured on LMX alone")
-    parser.add_argument("--who", default=",".join(_KINDS), help="of " + ", ".join(_KINDS) + " (default: all there are)")
-    parser.add_argument("--streams", default="1,4,16,32,64", help="numbers of streams (default: 1,4,16,32,64)")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens of each answer (default: 128)")
-    parser.add_argument("--total", type=int, default=2048, help="tokens of a measurement, about (default: 2048)")
-    parser.add_argument("--rounds", type=int, default=3, help="alternating rounds (default: 3)")
+    parser.add_argument("--who", help="of " + ", ".join(_KINDS) + " (default: all there are)")
+    parser.add_argument(
+        "--streams", type=numbers, default="1,4,16,32,64", help="numbers of streams (default: 1,4,16,32,64)"
+    )
+    parser.add_argument("--tokens", type=at_least_one, default=128, help="tokens of each answer (default: 128)")
+    parser.add_argument(
+        "--total", type=at_least_one, default=2048, help="tokens of a measurement, about (default: 2048)"
+    )
+    parser.add_argument("--rounds", type=at_least_one, default=3, help="alternating rounds (default: 3)")
     parser.add_argument("--no-long", action="store_true", help="leave out the prompts of 2,000 tokens")
-    parser.add_argument("--blas-threads", type=int, default=1, help="threads of the CPU matrix library (default: 1)")
+    parser.add_argument("--blas-threads", type=at_least_one, default=1, help="of the CPU matrix library (default: 1)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write report.md, report.json and plots there")
     args = parser.parse_args(argv)
-    args.streams = [int(number) for number in args.streams.split(",")]
-    args.who = args.who.split(",")
+    args.told_who = args.who is not None
+    args.who = args.who.split(",") if args.told_who else list(_KINDS)
     if unknown := set(args.who) - set(_KINDS):
-        parser.error(f"--who: there is no {', '.join(sorted(unknown))}")
+        parser.error(f"--who: there is no {', '.join(sorted(unknown)) or 'name'}: one of {', '.join(_KINDS)}")
+    for option, folder in (("--model", args.model), ("--embedder", args.embedder)):
+        if folder is not None and not (folder / "config.json").is_file():
+            parser.error(f"{option}: {folder} is no model folder: there is no config.json in it")
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out: {args.out} is a file, not a folder")
     return args
 
 
@@ -63,9 +72,9 @@ def contenders(args: argparse.Namespace, folder: Path, preload: Preload | None) 
         found.append(MlxLmServer(folder, preload, threads))
     if "vllm-mlx" in args.who:
         python = peers.vllm_mlx()
-        if python is None:
+        if python is None and args.told_who:  # who has installed LMX has no such script
             sys.stderr.write("bench: without vllm-mlx: scripts/bench-peers makes its environment\n")
-        else:
+        elif python is not None:
             found.append(VllmMlx(folder, preload, threads, python))
     return found
 
@@ -78,7 +87,7 @@ def too_large(folder: Path, count: int) -> bool:
 
 def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Measure; return the report."""
-    folder = args.model or peers.tiny_model(work / "tiny")
+    folder = args.model.resolve() if args.model else peers.tiny_model(work / "tiny")
     preload = find_blas(work / "blas")
     found = contenders(args, folder, preload)
     workloads = standard(args.streams, args.tokens, args.total, long_prompts=not args.no_long)
@@ -92,7 +101,9 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     comparison = Comparison(found, rounds=args.rounds, one_at_a_time=taking_turns, say=say)
     embedding = None
     if args.embedder:
-        embedding = Comparison([Lmx(args.embedder, preload, args.blas_threads)], rounds=args.rounds, say=say)
+        embedding = Comparison(
+            [Lmx(args.embedder.resolve(), preload, args.blas_threads)], rounds=args.rounds, vectors=True, say=say
+        )
     vectors = [Workload("16 clients, texts of 100 words", 16, 0, 8, prompt_words=100, kind="embeddings")]
     progress = Progress(comparison.steps(workloads) + (args.rounds if embedding else 0))
     if taking_turns:
@@ -123,11 +134,16 @@ def write(report: dict[str, Any], text: str, out: Path) -> None:
 
 
 def main() -> int:
-    """Run the bench."""
+    """Run the bench; the exit code is 1 if nothing could be measured."""
     args = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left running
+    end_cleanly()
     with tempfile.TemporaryDirectory(prefix="lmx-bench-", dir="/tmp") as work:
         report = run(args, Path(work))
+    if not any(
+        measured["requests"] for each in report["results"] for some in each["rounds"].values() for measured in some
+    ):
+        sys.stderr.write("bench: nothing was answered, so there is nothing to report\n")
+        return 1
     text = markdown(report)
     sys.stdout.write(text + "\n")
     if args.out is not None:

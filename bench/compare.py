@@ -1,5 +1,6 @@
 """The comparison: all contenders in turns, on each workload, in several rounds whose order alternates."""
 
+import contextlib
 import platform
 import sys
 import time
@@ -21,6 +22,7 @@ _QUIET_PERCENT: Final = 15.0
 _QUIET_SAMPLE_S: Final = 0.2
 _QUIET_SAMPLES: Final = 5
 _WARM_UP: Final = (Workload("warm-up", 8, 16), Workload("warm-up alone", 1, 16))
+_WARM_UP_VECTORS: Final = (Workload("warm-up", 8, 0, 2, prompt_words=100, kind="embeddings"),)
 
 
 class Progress:
@@ -57,14 +59,24 @@ class Progress:
 
 
 class Comparison:
-    """Measures contenders in turns. `one_at_a_time` keeps only the one in memory whose turn it is."""
+    """Measures contenders in turns. `one_at_a_time` keeps only the one in memory whose turn it is.
+
+    `vectors`: their model makes vectors, and is warmed up with texts.
+    """
 
     def __init__(
-        self, contenders: Sequence[Contender], *, rounds: int, one_at_a_time: bool = False, say: Callable[[str], None]
+        self,
+        contenders: Sequence[Contender],
+        *,
+        rounds: int,
+        one_at_a_time: bool = False,
+        vectors: bool = False,
+        say: Callable[[str], None],
     ) -> None:
         self._contenders = list(contenders)
         self._rounds = rounds
         self._one_at_a_time = one_at_a_time
+        self._warm_up = _WARM_UP_VECTORS if vectors else _WARM_UP
         self._say = say
 
     def steps(self, workloads: Sequence[Workload]) -> int:
@@ -86,8 +98,9 @@ class Comparison:
                             result["rounds"].setdefault(contender.name, []).append(measured)
                         step()
         finally:
-            for contender in self._contenders:
-                contender.close()
+            with contextlib.ExitStack() as everyone:  # also the others, if one does not let itself be ended
+                for contender in reversed(self._contenders):
+                    everyone.callback(contender.close)
         return found
 
     def _able(self, workload: Workload) -> list[Contender]:
@@ -103,7 +116,7 @@ class Comparison:
         self._say(f"starting {contender.name}")
         try:
             contender.start()
-            for workload in _WARM_UP:
+            for workload in self._warm_up:
                 contender.measure(workload)
         except (ContenderFailedError, HostFailedError, OSError) as error:
             self._drop(contender, error)
@@ -133,6 +146,7 @@ class Comparison:
 def undisturbed(contender: Contender, workload: Workload, number: int = 0) -> Measured:
     """Return the less disturbed of at most two measurements; the second only if others took much during the first.
 
+    One with errors is never the one that is left out.
     Each asks prompts of its own, and every contender the same ones in round `number`.
     """
     any(psutil.cpu_percent(_QUIET_SAMPLE_S) < _QUIET_PERCENT for _ in range(_QUIET_SAMPLES))
@@ -140,6 +154,8 @@ def undisturbed(contender: Contender, workload: Workload, number: int = 0) -> Me
     if first["others"] < _DISTURBED or first["errors"]:  # what fails would fail again, and take its time
         return first
     second = contender.measure(structs.replace(workload, variant=2 * number + 2))
+    if second["errors"]:
+        return second
     return min(first, second, key=lambda measured: float(measured["others"]))
 
 

@@ -32,6 +32,11 @@ class ContenderFailedError(Exception):
     """One does not start, or does not answer."""
 
 
+def last_line(output: str) -> str:
+    """Return the last line of what a program has said: of a traceback, what went wrong."""
+    return (output.strip().splitlines() or ["it has said nothing"])[-1][-500:]
+
+
 class Contender:
     """Something that generates, measured by wall clock and by the CPU seconds of each of its processes."""
 
@@ -107,12 +112,13 @@ class InProcess(Contender):
             process.stdin.flush()
         line = process.stdout.readline()
         if not line:
-            raise ContenderFailedError(f"{self.name} has ended: {process.communicate()[1][-1000:]}")
+            raise ContenderFailedError(f"{self.name} has ended: {last_line(process.communicate()[1])}")
         measured: Measured = msgspec.json.decode(line)
         return measured
 
     def _close(self) -> None:
         assert self._process is not None
+        self._process.kill()  # it may be in the middle of a long measurement
         self._process.communicate()
 
 
@@ -135,7 +141,7 @@ class Served(Contender):
         environ = {**os.environ, "LMX_BENCH_KEY": self.key}
         done = subprocess.run(command, check=False, capture_output=True, text=True, env=environ)
         if done.returncode:
-            raise ContenderFailedError(f"{self.name}: the client failed: {done.stderr[-1000:]}")
+            raise ContenderFailedError(f"{self.name}: the client failed: {last_line(done.stderr)}")
         measured: Measured = msgspec.json.decode(done.stdout)
         return measured
 
@@ -206,12 +212,19 @@ class Peer(Served):
             stdout=self._output,
             stderr=self._output,
         )
+        try:
+            self._wait_until_it_serves()
+        except BaseException:  # also when the bench is told to end
+            self._close()
+            raise
+
+    def _wait_until_it_serves(self) -> None:
+        assert self._process is not None
         end = time.monotonic() + _READY_S
         while time.monotonic() < end and self._process.poll() is None:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/v1/models", timeout=5):
                 return
             time.sleep(_POLL_S)
-        self._close()
         raise ContenderFailedError(f"{self.name} does not start: {self._tail()}")
 
     def _close(self) -> None:
@@ -222,10 +235,11 @@ class Peer(Served):
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._output.close()
 
     def _tail(self) -> str:
         self._output.seek(0)
-        return self._output.read()[-1500:].decode(errors="replace")
+        return last_line(self._output.read().decode(errors="replace"))
 
 
 #: As our worker does: the compiler that mx.compile starts must not get the matrix library.

@@ -20,6 +20,7 @@ from statistics import median, quantiles
 from typing import Any, Final
 
 from bench.contenders import Lmx
+from bench.options import at_least_one, end_cleanly
 from bench.report import cpu_ms, tokens_per_s
 from bench.workloads import Workload
 from protocol.config import LimitsConfig
@@ -241,11 +242,14 @@ async def main() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--streams", type=int, default=0, help="compare two whole systems with so many streams")
-    parser.add_argument("--rounds", type=int, default=8, help="alternating rounds (default: 8)")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens of each answer (default: 128)")
-    parser.add_argument("--requests", type=int, default=4, help="requests of a stream in a round (default: 4)")
+    parser.add_argument(
+        "--streams", type=at_least_one, default=0, help="compare two whole systems with so many streams"
+    )
+    parser.add_argument("--rounds", type=at_least_one, default=8, help="alternating rounds (default: 8)")
+    parser.add_argument("--tokens", type=at_least_one, default=128, help="tokens of each answer (default: 128)")
+    parser.add_argument("--requests", type=at_least_one, default=4, help="requests of a stream in a round (default: 4)")
     args = parser.parse_args()
+    end_cleanly()
     if args.streams:
         served(args.streams, args.rounds, args.tokens, args.requests)
     else:

@@ -17,6 +17,7 @@ from mlx_lm import load
 from mlx_lm.generate import BatchGenerator
 
 from bench.measures import percentile
+from bench.options import end_cleanly
 from bench.workloads import Workload, prompt
 from protocol.config import ModelsConfig
 from worker import lean
@@ -69,8 +70,9 @@ class Limit:
             responses = self._generator.next()[1]
             now = time.perf_counter()
             done += len(responses)
-            ttft_s += [now - inserted_at.pop(r.uid) for r in responses if r.uid in inserted_at]
-            gaps_s.append(now - last)
+            firsts = [now - inserted_at.pop(r.uid) for r in responses if r.uid in inserted_at]
+            ttft_s += firsts
+            gaps_s += [now - last] * (len(responses) - len(firsts))  # a stream that goes on has a token in each step
             last = now
             for response in responses:
                 if response.finish_reason is not None:
@@ -112,6 +114,7 @@ class Limit:
 
 def main() -> None:
     """Serve measurements until stdin ends."""
+    end_cleanly()
     # As in worker/process.py: the compiler that mx.compile starts must not get our matrix library.
     os.environ.pop("LD_PRELOAD", None)
     limit = Limit(sys.argv[1], is_lean=sys.argv[2:] == ["lean"])

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from bench.measures import percentile
+from bench.options import at_least_one
 from supervisor.environment import worker_environment
 from supervisor.platform.blas import find_blas
 from tests.modelkit import make_tiny_model
@@ -88,9 +89,9 @@ def measure(folder: Path, streams: int, steps: int, length: int) -> tuple[float,
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="an MLX model folder (default: a tiny random model)")
-    parser.add_argument("--streams", type=int, default=4, help="streams that run (default: 4)")
-    parser.add_argument("--steps", type=int, default=200, help="steps without the long prompt (default: 200)")
-    parser.add_argument("--tokens", type=int, default=6000, help="tokens of the long prompt (default: 6000)")
+    parser.add_argument("--streams", type=at_least_one, default=4, help="streams that run (default: 4)")
+    parser.add_argument("--steps", type=at_least_one, default=200, help="steps without the long prompt (default: 200)")
+    parser.add_argument("--tokens", type=at_least_one, default=6000, help="tokens of the long prompt (default: 6000)")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="lmx-bench-", dir="/tmp"))

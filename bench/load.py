@@ -21,6 +21,7 @@ import msgspec
 import uvloop
 
 from bench.measures import percentile
+from bench.options import end_cleanly
 from bench.workloads import Workload, prompt
 
 #: A piece of answer; the first chunk of a stream names the role, with an empty or no content.
@@ -56,7 +57,7 @@ class Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self.closed = True
         self._data = bytearray()
-        self._first_at = self._last_at = 0.0
+        self._first_at = self._text_at = self._last_at = 0.0
         self._gaps: list[float] = []
         self._body_at = 0
         self._length = -1
@@ -76,9 +77,11 @@ class Connection(asyncio.Protocol):
         if not self._body_at:
             self._read_head()
         if self._first_at:
-            self._gaps.append(now - self._last_at)
+            if _FIRST_TEXT.search(data):  # not what only ends the answer
+                self._gaps.append(now - self._text_at)
+                self._text_at = now
         elif _FIRST_TEXT.search(self._data):
-            self._first_at = now
+            self._first_at = self._text_at = now
         self._last_at = now
         if self._body_at and self._complete():
             self._resolve()
@@ -162,8 +165,11 @@ def make_request(host: str, model: str, workload: Workload, text: str, key: str 
     return head.encode() + b"content-length: %d\r\n\r\n" % len(data) + data
 
 
-async def run_load(url: str, model: str, workload: Workload) -> list[Served]:
-    """Run a workload and return what became of each request."""
+async def run_load(url: str, model: str, workload: Workload) -> tuple[list[Served], float]:
+    """Run a workload; return what became of each request, and the seconds from the first request to the last answer.
+
+    Connections and requests are made before that: in-process has its prompts too before it begins.
+    """
     place = urlsplit(url)
     host, port = place.hostname or "", place.port or 80
     loop = asyncio.get_running_loop()
@@ -183,6 +189,7 @@ async def run_load(url: str, model: str, workload: Workload) -> list[Served]:
         ]
         connection = await connect()
         await everyone.wait()
+        began_at.append(time.perf_counter())
         served = []
         for request in requests:
             if connection is None or connection.closed:
@@ -195,6 +202,7 @@ async def run_load(url: str, model: str, workload: Workload) -> list[Served]:
                     served.append(await connection.ask(request, streams=workload.kind == "chat"))
             except TimeoutError:
                 connection.close()
+                connection = None  # it is only told to close: the next request needs another
                 served.append(Served(error="timeout"))
         if connection is not None:
             connection.close()
@@ -202,7 +210,9 @@ async def run_load(url: str, model: str, workload: Workload) -> list[Served]:
 
     patience_s = _PATIENCE_S + _PER_TOKEN_S * workload.tokens + _PER_PROMPT_WORD_S * workload.prompt_words
     everyone = asyncio.Barrier(workload.streams)
-    return [one for served in await asyncio.gather(*map(stream, range(workload.streams))) for one in served]
+    began_at: list[float] = []
+    served = await asyncio.gather(*map(stream, range(workload.streams)))
+    return [one for some in served for one in some], time.perf_counter() - min(began_at)
 
 
 def summary(served: list[Served], seconds: float) -> dict[str, Any]:
@@ -225,9 +235,7 @@ def summary(served: list[Served], seconds: float) -> dict[str, Any]:
 
 
 async def _timed(url: str, model: str, workload: Workload) -> dict[str, Any]:
-    started = time.perf_counter()
-    served = await run_load(url, model, workload)
-    found = summary(served, time.perf_counter() - started)
+    found = summary(*await run_load(url, model, workload))
     times = os.times()
     return {**found, "client_cpu_s": times.user + times.system}
 
@@ -237,6 +245,7 @@ def main() -> int:
     if len(sys.argv) != 4:
         sys.stderr.write("usage: python -m bench.load URL MODEL WORKLOAD_JSON\n")
         return 64
+    end_cleanly()
     url, model, given = sys.argv[1:]
     workload = msgspec.json.decode(given, type=Workload)
     # nan, where nothing was answered, becomes null.

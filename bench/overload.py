@@ -9,7 +9,6 @@ to stdout, progress to stderr. `python -m bench.overload --help`.
 import argparse
 import asyncio
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -19,6 +18,7 @@ from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
 from bench.load import make_request, run_load
+from bench.options import at_least_one, end_cleanly
 from bench.workloads import Workload, prompt
 from tests.harness import Lmx
 from tests.modelkit import make_tiny_model
@@ -137,11 +137,11 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="an MLX model folder (default: a tiny random model)")
     parser.add_argument("--seconds", type=float, default=60.0, help="how long requests come (default: 60)")
     parser.add_argument("--factor", type=float, default=10.0, help="times the capacity (default: 10)")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens of each answer (default: 512)")
-    parser.add_argument("--slots", type=int, default=32, help="max_concurrent_requests (default: 32)")
+    parser.add_argument("--tokens", type=at_least_one, default=512, help="tokens of each answer (default: 512)")
+    parser.add_argument("--slots", type=at_least_one, default=32, help="max_concurrent_requests (default: 32)")
     parser.add_argument("--slot-timeout", type=float, default=30.0, help="seconds to wait for a slot (default: 30)")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left running
+    end_cleanly()
     work = Path(tempfile.mkdtemp(prefix="lmx-bench-", dir="/tmp"))
     lmx = Lmx(LMX_MODELS__MAX_CONCURRENT_REQUESTS=str(args.slots), LMX_MODELS__SLOT_TIMEOUT_S=str(args.slot_timeout))
     try:

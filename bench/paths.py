@@ -24,6 +24,7 @@ from unittest.mock import patch
 import msgspec
 
 from bench.load import make_request
+from bench.options import at_least_one, end_cleanly
 from bench.workloads import Workload, prompt
 from gateway.app import Parts, build_app
 from gateway.audit import Audit
@@ -55,7 +56,7 @@ _BOOK_STEPS: Final = 8
 _BOOK_REQUESTS: Final = 4
 _MAX_TURNS: Final = 1000
 #: Timers of streams come in between.
-_COUNTS: Final = 5
+_COUNTS: Final = 25
 Figures = dict[str, float]
 Slice = Callable[[], Awaitable[None]]
 
@@ -338,9 +339,10 @@ def _cpu_s(step: Callable[[], Any], goes_on: Callable[[], bool]) -> float:
 def main() -> int:
     """Measure; write the figures as JSON."""
     parser = argparse.ArgumentParser(prog="bench.paths", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=400)
+    parser.add_argument("--rounds", type=at_least_one, default=400)
     parser.add_argument("--engine", type=Path, metavar="FOLDER", help="measure the batch with this model instead")
     args = parser.parse_args()
+    end_cleanly()
     if args.engine:
         figures = measure_engine(args.engine, args.rounds)
     else:

@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple
 
 import httpx
 
+from bench.options import at_least_one, end_cleanly
 from bench.recovery import AT_ONCE
 from tests.harness import Lmx, deadline
 from tests.modelkit import WORDS, default_model
@@ -130,11 +131,11 @@ def ratios_of(rounds: list[tuple[Turn, Turn, Turn]]) -> tuple[float, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Time to the first token with the prefix cache, as ratios.")
     parser.add_argument("--model", type=Path, help="an MLX model folder (default: the default model)")
-    parser.add_argument("--tokens", type=int, default=2000, help="of the history (default: 2000)")
-    parser.add_argument("--rounds", type=int, default=3, help="default: 3")
+    parser.add_argument("--tokens", type=at_least_one, default=2000, help="of the history (default: 2000)")
+    parser.add_argument("--rounds", type=at_least_one, default=3, help="default: 3")
     parser.add_argument("--check", action="store_true", help="exit 1 unless the ratios are what they should be")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left running
+    end_cleanly()
     lmx = Lmx(**AT_ONCE)
     rounds = []
     try:

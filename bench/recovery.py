@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Final
 
+from bench.options import at_least_one, end_cleanly
 from tests.harness import Lmx
 from tests.modelkit import make_tiny_model
 
@@ -106,9 +107,9 @@ def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="A model's recovery with the warm spare and without, as a ratio.")
     parser.add_argument("--model", type=Path, help="an MLX model folder (default: a tiny random model)")
-    parser.add_argument("--kills", type=int, default=7, help="of each of the two (default: 7)")
+    parser.add_argument("--kills", type=at_least_one, default=7, help="of each of the two (default: 7)")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left running
+    end_cleanly()
     work = Path(tempfile.mkdtemp(prefix="lmx-bench-", dir="/tmp"))
     hosts = {"with": Lmx(**AT_ONCE, LMX_WORKER__SPARE="true"), "without": Lmx(**AT_ONCE, LMX_WORKER__SPARE="false")}
     try:

@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import signal
 import sys
 import tempfile
 import time
@@ -24,12 +23,14 @@ import uvloop
 
 from bench.alone import Alone
 from bench.measures import resident_bytes
+from bench.options import at_least_one, end_cleanly
 
 _MODEL: Final = "null"
 _CLIENTS: Final = 16
 _LEAVES_EVERY: Final = 50
 _NONSENSE_EVERY: Final = 97
 _MIB: Final = 1024**2
+_PARTS: Final = 10
 #: Memory at the end, of that after the first tenth: allocators keep some of what a burst needed.
 GROWTH: Final = 1.15
 #: Descriptors and threads that may be more at the end: a connection of the last moment.
@@ -125,23 +126,29 @@ class Soak:
 async def soak(alone: Alone, total: int) -> tuple[Counter[str], list[Sample]]:
     """Run all requests in ten parts; return how they ended, and a look after each part."""
     run, looks = Soak(alone.url, total), []
-    for part in range(1, 11):
+    pids = alone.host.pids()
+    for part in range(1, _PARTS + 1):
         began = time.monotonic()
-        await run.run_until(total * part // 10)
-        pace = total / 10 / (time.monotonic() - began)
+        await run.run_until(total * part // _PARTS)
+        pace = total / _PARTS / (time.monotonic() - began)
         await asyncio.sleep(_SETTLE_S)
-        looks.append(look(alone.host.pids()))
+        now = alone.host.pids()
+        run.ends.update(f"{name} ended and was replaced" for name, pid in now.items() if pid != pids[name])
+        pids = now
+        looks.append(look(pids))
         words = ", ".join(f"{name} {kinds['mib']:.0f} MiB {kinds['fds']:.0f} fds" for name, kinds in looks[-1].items())
-        print(f"{total * part // 10} requests, {pace:.0f}/s: {words}", file=sys.stderr, flush=True)
+        print(f"{total * part // _PARTS} requests, {pace:.0f}/s: {words}", file=sys.stderr, flush=True)
     return run.ends, looks
 
 
 def main() -> int:
     """Run it; the exit code is 1 if something grew or a request had no end of its own."""
     parser = argparse.ArgumentParser(prog="bench.soak", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--requests", type=int, default=100_000)
+    parser.add_argument("--requests", type=at_least_one, default=100_000)
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if args.requests < _PARTS:
+        parser.error(f"--requests: {args.requests} cannot be made in {_PARTS} parts")
+    end_cleanly()
     with tempfile.TemporaryDirectory(prefix="lmx-soak-", dir="/tmp") as work:
         alone = Alone(Path(work))
         try:

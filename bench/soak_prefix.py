@@ -13,7 +13,6 @@ import contextlib
 import json
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ import httpx
 import psutil
 
 from bench.measures import slope
+from bench.options import at_least_one, end_cleanly
 from supervisor.platform import current_platform
 from tests.harness import Lmx
 from tests.modelkit import WORDS, make_tiny_model
@@ -282,11 +282,11 @@ async def run(lmx: Lmx, minutes: float, clients: int) -> Soak:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Mixed load for a while; what grows, and whether bounds held.")
     parser.add_argument("--minutes", type=float, default=20.0, help="default: 20")
-    parser.add_argument("--clients", type=int, default=12, help="default: 12")
+    parser.add_argument("--clients", type=at_least_one, default=12, help="default: 12")
     parser.add_argument("--model", type=Path, help="an MLX model folder (default: a tiny random model)")
     parser.add_argument("--without", action="store_true", help="without the prefix cache, to compare")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left running
+    end_cleanly()
     work = Path(tempfile.mkdtemp(prefix="lmx-soak-", dir="/tmp"))
     lmx = Lmx(**SETTINGS, LMX_PREFIX__ENABLED="false" if args.without else "true")
     try:

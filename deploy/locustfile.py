@@ -1,8 +1,8 @@
 """For those who use Locust: `locust -f deploy/locustfile.py --host http://127.0.0.1:1234` (pip install locust).
 
 Locust is no dependency of LMX, and its client costs more CPU than a stream of a small model: for ratios use `make
-bench`. LMX_MODEL names the model, LMX_KEY an API key. Reported besides each request: `first text`, and `tokens` (its
-"response time" is the time between two tokens, its length their number).
+bench`. LMX_MODEL names the model, LMX_KEY an API key. `chat` is the time to the head of an answer; reported besides are
+`first text`, and `tokens` (its "response time" is the time between two tokens, its length their number).
 """
 
 import json

@@ -117,8 +117,10 @@ def resume(home: Home) -> None:
 @cli.command()
 @click.argument("model")
 @click.option("--streams", default="1,4,16", show_default=True, help="Clients at a time, several numbers with commas.")
-@click.option("--tokens", default=128, show_default=True, help="Tokens of each answer.")
-@click.option("--rounds", default=3, show_default=True, help="Rounds, in alternating order.")
+@click.option("--tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens of each answer.")
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds, in alternating order."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for report.md, report.json and plots.")
 @click.pass_obj
 @reports
