@@ -18,6 +18,8 @@ from protocol.data import ChatMessage, ChatOptions, Kind, Sampling
 from protocol.errors import LmxError
 
 BENCHMARK_SCHEMA: Final = "lmx.benchmark/1"
+#: One whose client has just hung up is over in a moment.
+_TURN_S: Final = 0.5
 #: Begins differently each time, so that no cached prefix flatters it.
 _PROMPT: Final = "{time}-{number}: count from one to one thousand in words."
 _PERCENTILES: Final = (("p50", 0.5), ("p95", 0.95), ("max", 1.0))
@@ -58,13 +60,18 @@ class Benchmark:
         if wanted is None:
             return
         self._calls.find(wanted.model)
-        if self._turn.locked():
-            raise LmxError("conflict", "A benchmark runs already: wait for its end.")
-        async with self._turn:
+        try:
+            async with asyncio.timeout(_TURN_S):
+                await self._turn.acquire()
+        except TimeoutError:
+            raise LmxError("conflict", "A benchmark runs already: wait for its end.") from None
+        try:
             with self._calls.admit():
                 began = time.monotonic()
                 found = await while_connected(receive, self._run(scope, wanted))
                 took_s = time.monotonic() - began
+        finally:
+            self._turn.release()
         await send_document(send, msgspec.json.encode(_document(wanted, found, took_s)))
 
     async def _run(self, scope: Scope, wanted: _Wanted) -> _Found:

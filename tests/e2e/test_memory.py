@@ -159,8 +159,11 @@ def test_a_request_that_has_just_begun_keeps_its_model_too(
     new_lmx: Callable[..., Lmx], folders: Callable[[str], Path]
 ) -> None:
     fault = {"tokens_per_s": 20, "answer_tokens": 1000, **BALLAST}
+    # The ballast alone would close the model as soon as its footprint is known.
+    full = {"LMX_MEMORY__SOFT": "1", "LMX_MEMORY__HARD": "1", "LMX_MEMORY__ROTATE": "0"}
     # So seldom that the supervisor would hear of the request only after the load.
-    lmx = new_lmx(**FAULT, **budget(250), LMX_LIFECYCLE__HEARTBEAT_S="4", LMX_FAULT=json.dumps(fault)).start()
+    seldom = {"LMX_LIFECYCLE__HEARTBEAT_S": "4"}
+    lmx = new_lmx(**FAULT, **budget(250), **full, **seldom, LMX_FAULT=json.dumps(fault)).start()
     lmx.cli("load", str(folders("busy")))
     folder = folders("more")
     call = ask(lmx, "busy", stream=True, max_tokens=100).wait_chunks(1)
