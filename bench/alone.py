@@ -24,6 +24,7 @@ from bench.compare import head
 from bench.host import Host
 from bench.measures import Meter, resident_bytes, spread
 from bench.null import STEPS_VARIABLE, make_folder
+from bench.options import at_least_one, end_cleanly
 from bench.workloads import Workload
 
 _MODEL: Final = "null"
@@ -134,7 +135,8 @@ def _measure_connections(alone: Alone, note: Note, connections: dict[str, dict[s
         so_far["answered"] += measured["requests"]
         for what, failed in measured["errors"].items():
             so_far[what] = so_far.get(what, 0) + failed
-        note(f"{count} connections at once: time to first text p50, ms", median(measured["ttft_s"]) * 1000)
+        if measured["ttft_s"]:
+            note(f"{count} connections at once: time to first text p50, ms", median(measured["ttft_s"]) * 1000)
 
 
 def _status_ms(host: Host) -> float:
@@ -175,11 +177,11 @@ def markdown(report: dict[str, Any]) -> str:
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="bench.alone", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=at_least_one, default=5)
     parser.add_argument("--storm", action="store_true", help="connections only; exits with 1 if one is lost")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to FILE")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    end_cleanly()
     with tempfile.TemporaryDirectory(prefix="lmx-bench-", dir="/tmp") as work:
         say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
         report = measure(Path(work), args.rounds, say, storm=args.storm)
