@@ -45,6 +45,8 @@ from worker.room import Room
 from worker.whole import WholeBook
 
 _FLUSH_S: Final = 1.0
+#: A supervisor that is busy with a slow disk still gets to read them; one that is gone is not waited for.
+_LAST_WORDS_S: Final = 2.0
 _BIND_WAIT_S: Final = 10.0
 _MAX_WAIT_S: Final = 5.0
 _ENDING_SIGNALS: Final = frozenset({signal.SIGTERM, signal.SIGINT})
@@ -104,9 +106,9 @@ class IoThread:
         self._mail.put(happened)
 
     def finish(self, code: WorkerExit, message: str) -> None:
-        """Say the last words, flush and close; returns within 2 s."""
+        """Say the last words, flush and close; returns within 4 s."""
         self.emit(Finished(code, message))
-        self._thread.join(2 * _FLUSH_S)
+        self._thread.join(2 * _FLUSH_S + _LAST_WORDS_S)
 
     # -- the loop ---------------------------------------------------------------------------------------------
 
@@ -357,7 +359,7 @@ class IoThread:
 
     def _close(self) -> None:
         self._link.close(_FLUSH_S)
-        self._control.finish(_FLUSH_S / 2)
+        self._control.finish(_LAST_WORDS_S)
         self._tracer.close()
         self._done = True
 

@@ -18,7 +18,7 @@ def test_hundreds_of_connections_at_once_lose_none(tmp_path: Path) -> None:
     alone = Alone(tmp_path)
     try:
         workload = Workload("connections", 300, 8)
-        found = summary(uvloop.run(run_load(alone.url, "null", workload)), 1.0)
+        found = summary(*uvloop.run(run_load(alone.url, "null", workload)))
     finally:
         alone.host.close()
     assert found["errors"] == {}
