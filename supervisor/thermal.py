@@ -86,6 +86,8 @@ class Thermometer:
         self._changed = changed
         self._reading: Reading | None = None
         self._throttled = False
+        #: What the journal says, which samples that do not come change nothing about.
+        self._told_throttled = False
 
     @property
     def throttled(self) -> bool:
@@ -147,7 +149,8 @@ class Thermometer:
     def _note(self, reading: Reading | None) -> None:
         before = self._throttled
         self._reading, self._throttled = reading, reading is not None and reading.throttled(self._config)
-        if self._throttled and not before and reading is not None:
+        if self._throttled and not self._told_throttled and reading is not None:
+            self._told_throttled = True
             self._journal.write(
                 "thermal_throttled",
                 level="WARNING",
@@ -155,7 +158,8 @@ class Thermometer:
                 gpu_usage=reading.gpu_usage,
                 gpu_temp_c=reading.gpu_temp_c,
             )
-        elif before and not self._throttled and reading is not None:
+        elif self._told_throttled and not self._throttled and reading is not None:
+            self._told_throttled = False
             self._journal.write("thermal_nominal", gpu_freq_mhz=reading.gpu_freq_mhz, gpu_temp_c=reading.gpu_temp_c)
         if before != self._throttled:
             self._changed()

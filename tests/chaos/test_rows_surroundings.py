@@ -77,7 +77,9 @@ def test_row_61_thermal_critical(tiny_model: Path, tmp_path: Path) -> None:
         lmx = stage.lmx
         assert lmx.wait_event("thermal_throttled")["gpu_temp_c"] == 104.2
         assert "THROTTLED: the GPU runs at 338 MHz though it has work" in lmx.cli("status").stdout
-        sample.write_text(COOL)
+        # In one piece: a program that says half a sample is started anew.
+        (tmp_path / "next").write_text(COOL)
+        (tmp_path / "next").replace(sample)
         lmx.wait_event("thermal_nominal")
         document = lmx.wait_status(lambda document: document["thermal"]["status"] == "nominal")
         assert document["thermal"]["gpu_freq_mhz"] == 1398

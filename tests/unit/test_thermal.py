@@ -1,9 +1,12 @@
 """macmon's samples in the forms of its versions; everything else is unknown."""
 
+from contextlib import nullcontext
+from unittest.mock import Mock
+
 import pytest
 
 from protocol.config import ThermalConfig
-from supervisor.thermal import Reading, parse
+from supervisor.thermal import Reading, Thermometer, parse
 
 #: Of `macmon pipe`, as its documentation shows it: an idle GPU, and the later names.
 IDLE = b"""{"timestamp": "2025-02-24T20:38:15+00:00", "temp": {"cpu_temp_avg": 43.73614, "gpu_temp_avg": 36.95167},
@@ -55,3 +58,12 @@ def test_slow_while_busy_is_throttled(mhz: float | None, usage: float | None, th
 )
 def test_nonsense_is_unknown(line: bytes) -> None:
     assert parse(line) is None
+
+
+def test_the_end_of_a_throttling_is_told_also_when_samples_were_missing_in_between() -> None:
+    journal = Mock()
+    thermometer = Thermometer(ThermalConfig(), journal, lambda _: nullcontext(), lambda: None)
+    hot, cool = Reading(gpu_freq_mhz=300, gpu_usage=0.9), Reading(gpu_freq_mhz=1400, gpu_usage=0.9)
+    for reading in (cool, hot, None, hot, None, cool, cool):
+        thermometer._note(reading)
+    assert [call.args[0] for call in journal.write.call_args_list] == ["thermal_throttled", "thermal_nominal"]
