@@ -8,6 +8,8 @@ from typing import Any, Final
 
 import msgspec
 
+from protocol.lines import escape_line_ends
+
 #: Sent while nothing else is, so that proxies and clients keep the connection.
 KEEPALIVE: Final = b": keepalive\n\n"
 #: Nothing in between may keep or collect events.
@@ -16,8 +18,6 @@ _HEADERS: Final = (
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 )
-#: Line ends of Unicode that JSON leaves as they are and on which some clients (httpx `iter_lines`) split lines.
-_UNICODE_LINE_ENDS: Final = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
 
 _encode: Final = msgspec.json.Encoder().encode
 
@@ -41,9 +41,4 @@ def response_start() -> dict[str, Any]:
 
 def json_line(value: Any) -> bytes:
     """Return `value` as JSON without any byte sequence that some reader takes for a line end."""
-    data = _encode(value)
-    if not data.isascii():
-        for char, escaped in _UNICODE_LINE_ENDS:
-            if char in data:
-                data = data.replace(char, escaped)
-    return data
+    return escape_line_ends(_encode(value))

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 from loguru import logger
 
+from protocol.lines import escape_line_ends
+
 if TYPE_CHECKING:
     from loguru import Record
 
@@ -28,8 +30,6 @@ ROTATION: Final = "50 MB"
 RETENTION: Final = 4
 _MAX_FRAMES: Final = 30
 _MAX_TEXT: Final = 4096
-#: Characters that JSON allows in a string but at which many readers cut lines, and how they are escaped.
-_LINE_SEPARATORS: Final = {mark.encode(): json.dumps(mark)[1:-1].encode() for mark in ("\u0085", "\u2028", "\u2029")}
 #: Keys of `extra` with an underscore are ours: they carry finished text to loguru's format, which nothing in a value
 #: can then reach.
 _PROCESS: Final = "_process"
@@ -65,12 +65,8 @@ def setup_logging(process: str, *, file: Path | None, terminal: bool, level: str
 
 def json_line(fields: Mapping[str, object]) -> bytes:
     """Return fields as one line of JSON. Never fails: long text is cut, names of files that are not UTF-8 escaped."""
-    line = msgspec.json.encode({_plain(key): _plain(value) for key, value in fields.items()}, enc_hook=_describe)
-    if line.isascii():
-        return line
-    for separator, escaped in _LINE_SEPARATORS.items():
-        line = line.replace(separator, escaped)
-    return line
+    plain = {_plain(key): _plain(value) for key, value in fields.items()}
+    return escape_line_ends(msgspec.json.encode(plain, enc_hook=_describe))
 
 
 def _log(level: str, name: str, fields: Mapping[str, Field], error: BaseException | None = None) -> None:
