@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -94,18 +95,26 @@ def test_a_deadline_ends_a_streaming_and_a_waiting_request() -> None:
         assert all(answer.after_end == 0 for answer in answers)
 
 
-def test_an_abort_frees_the_slot_within_one_step() -> None:
+def test_an_abort_frees_the_slot_within_one_step(tmp_path: Path) -> None:
     models = ModelsConfig(max_concurrent_requests=1)
-    with fault_worker(models=models, fault={"tokens_per_s": 10}) as worker:
+    os.mkfifo(tmp_path / "steps")
+    with (
+        (tmp_path / "steps").open("r+b", buffering=0) as steps,  # both ways: neither end waits for the other
+        fault_worker(models=models, fault={"step_pipe": str(tmp_path / "steps")}) as worker,
+    ):
         gateway = worker.gateway()
         first = gateway.submit("[[tokens 1000]]")
         second = gateway.submit(max_tokens=1)
+        worker.heartbeat(lambda beat: (beat.running, beat.waiting) == (1, 1))
+        steps.write(b"...")  # the prefill and two tokens
         gateway.until(lambda: len(gateway.answers[first].tokens) == 2)
         gateway.abort(first)
+        worker.heartbeat(lambda beat: (beat.running, beat.waiting) == (1, 0))
+        steps.write(b"...")  # the step that was under way, then the prefill and the one token of the second
         (answer,) = gateway.finish(second)
-        # The step that ran when the abort came, then the prefill and the one token of the second.
-        assert max(gateway.answers[first].steps) <= gateway.answers[first].steps[1] + 1
-        assert answer.steps[0] <= gateway.answers[first].steps[1] + 3
+        assert answer.tokens == [0]
+        assert gateway.answers[first].tokens == [0, 1]
+        worker.heartbeat(lambda beat: beat.phase is Phase.IDLE)  # and not a fourth step
 
 
 # -- gateways -----------------------------------------------------------------------------------------------------

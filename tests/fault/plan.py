@@ -52,6 +52,8 @@ class FaultPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     #: A healthy worker otherwise: how fast and how large.
     tokens_per_s: float = 500.0
+    #: A named pipe: each byte written into it lets the engine do one step, at whatever pace.
+    step_pipe: str = ""
     answer_tokens: int = 32
     max_model_len: int = 4096
     load_s: float = 0.0
