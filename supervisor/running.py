@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
@@ -15,6 +16,7 @@ from protocol.config import Config
 from protocol.config_load import BadConfigError, load_config
 from protocol.logs import event, exception_event, setup_logging
 from protocol.paths import Home, UnsafeHomeError
+from protocol.profiles import rules
 from protocol.states import CliExit
 from supervisor.daemon import Daemon
 from supervisor.door import check_door
@@ -38,7 +40,10 @@ def run_supervisor(home: Home, config_file: Path | None) -> CliExit:
     # To see where one hangs that answers nobody; without it the signal would end it.
     faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
     setup_logging("supervisor", file=home.logs / "supervisor.log", terminal=True, level=config.log.level)
-    daemon = Daemon(home, config, _announce, lambda: _read_config(home, config_file))
+    keys_required = rules(config.security, config.limits).keys_required
+    daemon = Daemon(
+        home, config, partial(_announce, keys_required=keys_required), lambda: _read_config(home, config_file)
+    )
     try:
         asyncio.run(daemon.run())
     except Exception as error:  # noqa: BLE001 - the last boundary; launchd starts us again
@@ -62,11 +67,15 @@ def _read_config(home: Home, config_file: Path | None) -> Config:
     return config
 
 
-def _announce(url: str, model: str) -> None:
+def try_it(url: str, model: str, *, keys_required: bool) -> str:
+    """Return a line for a shell that asks a model something; what stands in it for a key has to be replaced."""
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "What is the capital of France?"}]})
-    sys.stdout.write(
-        f"\nLMX serves {model} at {url}/v1\n\n"
-        f"Try it:\n  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n\n"
-        "Stop it with Ctrl-C.\n\n"
-    )
+    key = "-H 'Authorization: Bearer KEY' " if keys_required else ""
+    return f"curl {url}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'"
+
+
+def _announce(url: str, model: str, *, keys_required: bool) -> None:
+    note = " (KEY is what `lmx-supervisor keys create` printed)" if keys_required else ""
+    line = try_it(url, model, keys_required=keys_required)
+    sys.stdout.write(f"\nLMX serves {model} at {url}/v1\n\nTry it{note}:\n  {line}\n\nStop it with Ctrl-C.\n\n")
     sys.stdout.flush()

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import itertools
+import shlex
 import shutil
 import socket
 import ssl
@@ -35,6 +37,36 @@ def bearer(key: str) -> dict[str, str]:
 
 def create(lmx: Lmx, name: str, *options: str) -> str:
     return lmx.cli("keys", "create", "--name", name, *options).stdout.strip()
+
+
+def shown_line(lmx: Lmx) -> list[str]:
+    """The words of the line that `run` prints to be tried, once it is there."""
+    for _ in deadline(20):
+        lines = [line for line in lmx.output.read_text().splitlines() if line.startswith("  curl ")]
+        if lines:
+            return shlex.split(lines[0])
+    raise AssertionError(lmx.tail())
+
+
+def test_what_run_shows_to_be_tried_works_once_the_key_is_filled_in(
+    new_lmx: Callable[..., Lmx], tiny_model: Path
+) -> None:
+    lmx = new_lmx(**INTERNET)
+    key = create(lmx, "mine")
+    lmx.start()
+    lmx.load(tiny_model, "alpha")
+    curl, url, *options = shown_line(lmx)
+    given = [value for name, value in itertools.pairwise(options) if name == "-H"]
+    body = options[options.index("-d") + 1]
+    assert curl == "curl"
+
+    def status(headers: list[str]) -> int:
+        pairs = [(name, value) for name, _, value in (header.partition(": ") for header in headers)]
+        return httpx.post(url, headers=pairs, content=body, timeout=60, trust_env=False).status_code
+
+    assert status([header.replace("KEY", key) for header in given]) == 200
+    assert status([header for header in given if "KEY" not in header]) == 401
+    assert lmx.stop() == 0
 
 
 async def test_keys_come_and_go_under_load_and_nobody_else_notices(
