@@ -12,6 +12,8 @@ from gateway.numbers import Distribution, ModelNumbers, Numbers
 from gateway.vitals import ModelVitals, ThermalVitals, Vitals
 from protocol import __version__
 from protocol.control import CatalogModel
+from protocol.data import Finish
+from protocol.errors import ERRORS
 from protocol.states import ModelState
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ METRICS_SCHEMA: Final = "lmx.metrics/1"
 _AUTH: Final = ("invalid_api_key", "forbidden")
 _THROTTLED: Final = ("rate_limit_exceeded", "server_busy")
 _SHED: Final = ("load_shedding", "insufficient_memory")
+#: Failures that no client could have avoided.
+_OURS: Final = tuple(code for code, row in ERRORS.items() if row.status >= 500 or code == "server_busy")
 _MODEL: Final = ("model_name",)
 
 
@@ -91,19 +95,24 @@ def _each(value: Callable[[ModelNumbers], float]) -> Callable[[Scene], Iterator[
     return lambda scene: (((model,), value(numbers)) for model, numbers in scene.numbers.models.items())
 
 
-def _by(counts: Callable[[ModelNumbers], Mapping[str, int]]) -> Callable[[Scene], Iterator[Sample]]:
-    return lambda scene: (
-        ((model, kind), value)
-        for model, numbers in scene.numbers.models.items()
-        for kind, value in tuple(counts(numbers).items())
-    )
+def _by(
+    counts: Callable[[ModelNumbers], Mapping[str, int]], always: Iterable[str]
+) -> Callable[[Scene], Iterator[Sample]]:
+    """Ends of requests by their kind; of these kinds zeros too, so that a rate can be taken from the first on."""
+    zeros = dict.fromkeys(always, 0)
+
+    def samples(scene: Scene) -> Iterator[Sample]:
+        for model in dict.fromkeys((*scene.numbers.models, *(model.id for model in scene.catalog))):
+            numbers = scene.numbers.models.get(model)
+            for kind, value in (zeros | (dict(counts(numbers)) if numbers is not None else {})).items():
+                yield (model, kind), value
+
+    return samples
 
 
-def _errors(*codes: str) -> Callable[[Scene], Iterator[Sample]]:
-    """Those of these codes, zeros too, so that a rate can be taken from the first on; of none: all there were."""
-    return lambda scene: (
-        ((code,), scene.numbers.errors[code]) for code in (codes or tuple(sorted(scene.numbers.errors)))
-    )
+def _errors(codes: Iterable[str]) -> Callable[[Scene], Iterator[Sample]]:
+    """Those of these codes, zeros too, so that a rate can be taken from the first on."""
+    return lambda scene: (((code,), scene.numbers.errors[code]) for code in codes)
 
 
 def _seen(value: Callable[[ModelVitals], float | None]) -> Callable[[Scene], Iterator[Sample]]:
@@ -170,9 +179,12 @@ ROWS: Final = (
     Row("lmx_prefix_cache_hits", "counter", "Tokens found in caches", _MODEL, _each(lambda n: n.cached_tokens)),
     Row(
         "lmx_request_success", "counter", "Requests that were answered whole", (*_MODEL, "finished_reason"),
-        _by(lambda n: n.finished),
+        _by(lambda n: n.finished, (finish.name.lower() for finish in Finish)),
     ),
-    Row("lmx_request_failures", "counter", "Requests that failed", (*_MODEL, "code"), _by(lambda n: n.failed)),
+    Row(
+        "lmx_request_failures", "counter", "Requests that failed", (*_MODEL, "code"),
+        _by(lambda n: n.failed, _OURS),
+    ),
     Row("lmx_request_cancellations", "counter", "Requests whose client left", _MODEL, _each(lambda n: n.cancelled)),
     Row(
         "lmx_request_continuations", "counter", "Times a request was in a process that crashed", _MODEL,
@@ -195,10 +207,10 @@ ROWS: Final = (
         "lmx_http_responses", "counter", "Answers by route and status", ("route", "status"),
         lambda scene: (((route, str(status)), n) for (route, status), n in tuple(scene.numbers.answers.items())),
     ),
-    Row("lmx_errors", "counter", "Errors by their code", ("code",), _errors()),
-    Row("lmx_auth_failures", "counter", "Requests refused for their key", ("code",), _errors(*_AUTH)),
-    Row("lmx_throttled_requests", "counter", "Requests refused for a limit", ("code",), _errors(*_THROTTLED)),
-    Row("lmx_shed_requests", "counter", "Requests refused for want of memory", ("code",), _errors(*_SHED)),
+    Row("lmx_errors", "counter", "Errors by their code", ("code",), _errors(tuple(ERRORS))),
+    Row("lmx_auth_failures", "counter", "Requests refused for their key", ("code",), _errors(_AUTH)),
+    Row("lmx_throttled_requests", "counter", "Requests refused for a limit", ("code",), _errors(_THROTTLED)),
+    Row("lmx_shed_requests", "counter", "Requests refused for want of memory", ("code",), _errors(_SHED)),
     Row("lmx_open_calls", "gauge", "Calls for inference under way", (), lambda scene: [((), scene.open_calls)]),
     Row("lmx_open_connections", "gauge", "Connections of clients", (), lambda scene: [((), scene.connections)]),
     # -- models and their processes, as the supervisor sees them

@@ -16,6 +16,7 @@ from gateway.exposition import HISTOGRAMS
 from gateway.numbers import ModelNumbers
 from protocol.control import Catalog, Ping
 from protocol.data import Finish
+from protocol.errors import ERRORS
 from protocol.keys import digest_of
 from tests.e2e.gateway_harness import PATIENCE_S, Stack, chat_body, stack
 
@@ -210,7 +211,7 @@ def names_in(expression: str) -> set[str]:
     plain = re.sub(r"^label_values\((\w+), *\w+\)$", r"\1", expression)
     plain = re.sub(r"\{[^}]*\}|\[[^\]]*\]|\b(by|without|on|ignoring)\s*\([^)]*\)", " ", plain)
     found = set(re.findall(r"(?<![\w:.])[A-Za-z_:][\w:]*(?![\w:]|\s*\()", plain))
-    return found - {"and", "or", "unless", "bool", "up", "prometheus"}
+    return found - {"and", "or", "unless", "bool", "offset", "up", "prometheus"}
 
 
 def rules_deployed() -> Iterator[dict[str, Any]]:
@@ -259,6 +260,45 @@ async def test_every_metric_that_dashboard_and_rules_use_is_in_the_exposition() 
     page = (DEPLOY.parent / "docs" / "metrics.md").read_text()
     assert [name for name in kinds if f"| `{name}` |" not in page] == []
     assert set(re.findall(r"^\| `(lmx_\w+)` \|", page, re.MULTILINE)) == kinds.keys()
+
+
+def selects(matchers: str, labels: dict[str, str]) -> bool:
+    """Whether Prometheus's `name="value"`, `!=`, `=~`, `!~`, with commas between them, fit."""
+    for name, how, wanted in re.findall(r'(\w+)\s*(=~|!~|!=|=)\s*"([^"]*)"', matchers):
+        value = labels.get(name, "")
+        fits = re.fullmatch(wanted, value) is not None if "~" in how else value == wanted
+        if fits is how.startswith("!"):
+            return False
+    return True
+
+
+async def test_what_rules_take_the_increase_of_is_there_before_it_first_happens() -> None:
+    async with stack() as lmx:
+        tell(lmx, status(counters=[]))
+        await lmx.start_worker()
+        await until_value(lmx, 123, "lmx_worker_memory_bytes", model_name="tiny")
+        there = await scraped(lmx)
+    asked = {
+        found
+        for rule in rules_deployed()
+        for found in re.findall(r"(?:increase|rate)\((\w+?_total)(\{[^}]*\})?\[", rule["expr"])
+        # What has too many possible labels counts by its value until it has a past.
+        if f"unless {found[0]} offset" not in rule["expr"] and "generation_tokens" not in rule.get("record", "")
+    }
+    assert ("lmx_errors_total", '{code="internal_error"}') in asked
+    for metric, matchers in asked:
+        zeros = [value for (name, labels), value in there.items() if name == metric and selects(matchers, dict(labels))]
+        assert zeros, (metric, matchers)
+        assert not any(zeros) or metric == "lmx_supervisor_internal_errors_total"
+
+
+def test_the_objective_counts_every_failure_that_is_ours_and_none_that_is_the_clients() -> None:
+    rules = [rule["expr"] for rule in rules_deployed() if "request_errors" in rule.get("record", "")]
+    assert len(rules) == 2
+    for text in rules:
+        (matchers,) = re.findall(r"lmx_request_failures_total\{([^}]*)\}", text)
+        counted = {code for code in ERRORS if selects(matchers, {"code": code})}
+        assert counted == {code for code, row in ERRORS.items() if row.type == "server_error" or code == "server_busy"}
 
 
 async def test_a_scrape_does_not_need_a_supervisor() -> None:
