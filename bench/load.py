@@ -26,7 +26,7 @@ from bench.workloads import Workload, prompt
 
 #: A piece of answer; the first chunk of a stream names the role, with an empty or no content.
 _FIRST_TEXT: Final = re.compile(rb'"(?:content|text)":\s*"[^"]')
-_EVENT: Final = re.compile(rb'"(?:content|text)":\s*"')
+_EVENT: Final = re.compile(rb'"(?:content|text)":\s*"((?:[^"\\]|\\.)*)"')
 _USAGE: Final = re.compile(rb'"completion_tokens":\s*(\d+)')
 _STATUS: Final = re.compile(rb"HTTP/1\.[01] (\d{3})")
 _LENGTH: Final = re.compile(rb"\r\ncontent-length:\s*(\d+)", re.IGNORECASE)
@@ -47,6 +47,8 @@ class Served(NamedTuple):
     seconds: float = 0.0
     tokens: int = 0
     events: int = 0
+    #: Of the tokens those that came after the first read, by the length of their text: the first may bring several.
+    later_tokens: float = 0.0
     gaps_s: tuple[float, ...] = ()
     error: str = ""
 
@@ -59,7 +61,7 @@ class Connection(asyncio.Protocol):
         self._data = bytearray()
         self._first_at = self._text_at = self._last_at = 0.0
         self._gaps: list[float] = []
-        self._body_at = 0
+        self._body_at = self._first_until = 0
         self._length = -1
         self._chunked = False
         self._transport: asyncio.WriteTransport | None = None
@@ -82,6 +84,7 @@ class Connection(asyncio.Protocol):
                 self._text_at = now
         elif _FIRST_TEXT.search(self._data):
             self._first_at = self._text_at = now
+            self._first_until = len(self._data)
         self._last_at = now
         if self._body_at and self._complete():
             self._resolve()
@@ -113,9 +116,11 @@ class Connection(asyncio.Protocol):
         usage = _USAGE.findall(self._data)
         if b"data: [DONE]" not in self._data or not self._first_at:
             return Served(error="cut off")
-        events = len(_EVENT.findall(self._data))
-        tokens = int(usage[-1]) if usage else events
-        return Served(self._first_at - sent_at, self._last_at - sent_at, tokens, events, tuple(self._gaps))
+        texts = _EVENT.findall(self._data)
+        tokens = int(usage[-1]) if usage else len(texts)
+        first = sum(map(len, _EVENT.findall(self._data, 0, self._first_until)))
+        later = tokens * (1 - first / sum(map(len, texts)))
+        return Served(self._first_at - sent_at, self._last_at - sent_at, tokens, len(texts), later, tuple(self._gaps))
 
     def close(self) -> None:
         """Hang up."""
@@ -219,8 +224,8 @@ def summary(served: list[Served], seconds: float) -> dict[str, Any]:
     """Return what the report needs of it; times in seconds."""
     good = [one for one in served if not one.error]
     gaps = [gap for one in good for gap in one.gaps_s]
-    lasting = [one for one in good if one.tokens > 1 and one.seconds > one.ttft_s]
-    paces = [(one.tokens - 1) / (one.seconds - one.ttft_s) for one in lasting]
+    lasting = [one for one in good if one.later_tokens and one.seconds > one.ttft_s]
+    paces = [one.later_tokens / (one.seconds - one.ttft_s) for one in lasting]
     return {
         "seconds": seconds,
         "requests": len(good),

@@ -67,6 +67,16 @@ async def chunked(writer: asyncio.StreamWriter) -> None:
     writer.write(b"0\r\n\r\n")
 
 
+async def much_at_first(writer: asyncio.StreamWriter) -> None:
+    writer.write(
+        HEAD + b"\r\n" + b"".join(b'data: {"choices":[{"delta":{"content":"\\"%d"}}]}\n\n' % n for n in range(8))
+    )
+    await writer.drain()
+    await asyncio.sleep(0.1)
+    writer.write(b'data: {"choices":[{"delta":{"content":"a \\"%d"}}]}\n\n' % 9 + EVENTS[-1].replace(b" 3,", b" 10,"))
+    writer.close()
+
+
 async def until_closed(writer: asyncio.StreamWriter) -> None:
     writer.write(HEAD + b"\r\n" + b"".join(EVENTS))
     writer.close()
@@ -96,6 +106,15 @@ async def test_a_stream_is_counted_in_tokens_events_and_the_gaps_between(answer:
     if answer is chunked:
         assert found["gap_p50_s"] > 0.002
         assert all(len(one.gaps_s) <= 1 for one in served), "what ends an answer is no piece of text"
+
+
+async def test_the_pace_of_a_stream_leaves_out_what_came_with_its_first_read() -> None:
+    async with server(much_at_first) as (url, _):
+        served, _ = await run_load(url, "m", Workload("w", 1, 7, 1))
+    (one,) = served
+    assert (one.tokens, one.events) == (10, 9)
+    assert one.later_tokens == pytest.approx(10 * 5 / (8 * 3 + 5))  # characters as they stand in JSON
+    assert summary(served, 1.0)["stream_tokens_per_s"] == pytest.approx(one.later_tokens / (one.seconds - one.ttft_s))
 
 
 @pytest.mark.parametrize(("answer", "error"), [(cut_off, "cut off"), (busy, "429"), (reset, "reset")])
