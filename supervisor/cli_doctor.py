@@ -32,7 +32,7 @@ def examine(home: Home) -> Iterator[Finding]:
         yield "home", "error", str(error)
     try:
         config = load_config(home.config)
-        yield "config", "ok", "can be read"
+        yield _config_file(home)
     except BadConfigError as error:
         yield "config", "error", str(error)
     yield from _disk(home)
@@ -44,6 +44,16 @@ def examine(home: Home) -> Iterator[Finding]:
         yield "job", "ok", "launchd runs it as it should" if printed else "not run by launchd"
     macmon = find_macmon(config.thermal.macmon) if config.thermal.macmon else None
     yield "thermal", "ok", macmon or "unknown: no macmon (optional; on a Mac: brew install macmon)"
+
+
+def _config_file(home: Home) -> Finding:
+    """Say which file counts; one that is named otherwise is read by nobody."""
+    if home.config.exists():
+        return "config", "ok", f"{home.config.name} can be read"
+    others = sorted(path.name for path in home.root.glob("*.toml"))
+    if others:
+        return "config", "warning", f"{', '.join(others)}: not read; the file has to be named {home.config.name}"
+    return "config", "ok", f"no {home.config.name}: all is as it comes"
 
 
 def _disk(home: Home) -> Iterator[Finding]:
