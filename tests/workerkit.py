@@ -346,8 +346,9 @@ class WorkerProcess:
         return self.process.wait(timeout_s)
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        """Return the log lines of one event."""
-        lines = [json.loads(line) for line in self.log.read_text().splitlines()]
+        """Return the log lines of one event; a line that is just being written is not one yet."""
+        written, _, _ = self.log.read_text().rpartition("\n")
+        lines = [json.loads(line) for line in written.splitlines()]
         return [line for line in lines if line["event"] == name]
 
 
