@@ -209,9 +209,10 @@ def test_the_longest_input_fits(gateway: EmbeddingGateway, tiny: Path) -> None:
     assert np.abs(gateway.embed(text)[0] - Reference(tiny).vector(text)).max() < NOISE
 
 
-def test_a_small_request_does_not_wait_for_a_large_one(gateway: EmbeddingGateway) -> None:
+def test_a_small_request_does_not_wait_for_a_large_one(worker: WorkerProcess, gateway: EmbeddingGateway) -> None:
     # They take turns: even if it comes late, all of them are still under way.
     large = [gateway.submit(data.Kind.EMBED, ["of " * 20] * 2000) for _ in range(4)]
+    worker.heartbeat(lambda beat: beat.running > 1)  # prepared: a small one would overtake them before that
     small = gateway.submit(data.Kind.EMBED, ["the"])
     gateway.wait(small)
     assert not gateway.results.keys() & set(large)
