@@ -300,12 +300,12 @@ def test_steps_go_on_while_a_long_prompt_is_scored(tiny: Tiny) -> None:
     answer = gateway.answers[stream]
     before = answer.steps[-1]
     scored = finish(
-        gateway, gateway.complete([300 + n % 900 for n in range(4_000)], echo=True, max_tokens=0, logprobs=1)
+        gateway, gateway.complete([300 + n % 900 for n in range(2_600)], echo=True, max_tokens=0, logprobs=1)
     )
     gateway.abort(stream)
-    # 3,999 tokens in chunks of 64: as many steps, each with a token for the one who streams.
+    # 2,599 tokens in chunks of 64: as many steps, each with a token for the one who streams.
     steps = scored.steps[0] - before
-    assert steps >= 60
+    assert steps >= 39
     told = zip(answer.deltas, answer.steps, strict=True)
     assert sum(len(tokens) for (_, tokens, _), step in told if before < step <= scored.steps[0]) >= steps - 2
-    assert len(scored.logprobs) == 4_000
+    assert len(scored.logprobs) == 2_600
