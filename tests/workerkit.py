@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import queue
+import select
 import shutil
 import socket
 import subprocess
@@ -41,6 +42,8 @@ class Supervisor:
         self._listener.listen(4)
         self._connection: socket.socket | None = None
         self._arrived: queue.Queue[Any] = queue.Queue()
+        #: Held while what was read is not in the queue yet.
+        self._reading = threading.Lock()
         self.messages: list[Any] = []
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
@@ -55,12 +58,17 @@ class Supervisor:
             self._connection = connection
             buffer = FrameBuffer(control.MAX_FRAME_BYTES)
             with contextlib.suppress(OSError), connection:
-                while received := connection.recv(65536):
-                    for body in buffer.feed(received):
-                        message = decoder.decode(body)
-                        if isinstance(message, control.WorkerHello):
-                            self.send(control.Welcome(PROTOCOL_VERSION, self._lease_s))
-                        self._arrived.put((time.monotonic(), message))
+                while True:
+                    select.select([connection], [], [])
+                    with self._reading:
+                        received = connection.recv(65536)
+                        if not received:
+                            break
+                        for body in buffer.feed(received):
+                            message = decoder.decode(body)
+                            if isinstance(message, control.WorkerHello):
+                                self.send(control.Welcome(PROTOCOL_VERSION, self._lease_s))
+                            self._arrived.put((time.monotonic(), message))
 
     def send(self, message: Message) -> None:
         assert self._connection is not None
@@ -81,10 +89,21 @@ class Supervisor:
                 return message
 
     def skip_arrived(self) -> None:
-        """Put aside what has arrived, so that `wait` speaks of what comes from now on."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self.messages.append(self._arrived.get_nowait()[1])
+        """Put aside what has arrived, read or not, so that `wait` speaks of what comes from now on."""
+        while True:
+            with self._reading:
+                if not self._has_unread():
+                    with contextlib.suppress(queue.Empty):
+                        while True:
+                            self.messages.append(self._arrived.get_nowait()[1])
+                    return
+            time.sleep(0.001)  # the thread reads it
+
+    def _has_unread(self) -> bool:
+        """Return whether more lies in the connection: a process that was held finds a row of heartbeats there."""
+        with contextlib.suppress(OSError, ValueError):  # it has just been closed
+            return self._connection is not None and bool(select.select([self._connection], [], [], 0)[0])
+        return False
 
     def close(self) -> None:
         """Be gone, socket file and all."""
@@ -327,8 +346,9 @@ class WorkerProcess:
         return self.process.wait(timeout_s)
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        """Return the log lines of one event."""
-        lines = [json.loads(line) for line in self.log.read_text().splitlines()]
+        """Return the log lines of one event; a line that is just being written is not one yet."""
+        written, _, _ = self.log.read_text().rpartition("\n")
+        lines = [json.loads(line) for line in written.splitlines()]
         return [line for line in lines if line["event"] == name]
 
 

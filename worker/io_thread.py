@@ -17,7 +17,7 @@ from protocol.errors import LmxError, from_peer
 from protocol.logs import event
 from protocol.spec import WorkerSpec
 from protocol.standstill import Standstill
-from protocol.states import WorkerExit
+from protocol.states import Phase, WorkerExit
 from protocol.tracing import make_tracer
 from worker import jobs as engine
 from worker.control import ControlClient
@@ -233,11 +233,11 @@ class IoThread:
             if self._lease_over:
                 self._end(WorkerExit.LEASE_EXPIRED, "no supervisor was heard for the length of the lease", now)
 
-    def _heartbeat(self) -> None:
+    def _heartbeat(self, phase: Phase | None = None) -> None:
         self._inbound.log_dropped()
         book = self._book
         self._told_busy = _busy(book)
-        self._control.send(self._report.heartbeat(book))
+        self._control.send(self._report.heartbeat(book, phase))
         if book is not None:
             self._link.probe(book.gateways, self._status.step)
 
@@ -265,7 +265,8 @@ class IoThread:
             case LoadProgress():
                 self._control.send(self._report.on_progress(happened))
             case Warming():
-                self._heartbeat()
+                # It may be over by now: a supervisor that never heard of it takes a canary that fails for a bad load.
+                self._heartbeat(Phase.WARMING)
             case Serving():
                 self._on_serving(happened, now)
             case Readied():

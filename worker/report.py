@@ -58,11 +58,11 @@ class Report:
             messages.append(Drained())
         return messages
 
-    def heartbeat(self, book: Book | None) -> Heartbeat:
-        """Return the state of this moment; `book` is None until the model serves."""
+    def heartbeat(self, book: Book | None, phase: Phase | None = None) -> Heartbeat:
+        """Return the state of this moment, or of the moment at which `phase` began; `book` is None until it serves."""
         # The phase before the time of the last step: the engine writes them the other way round, so that a busy
         # phase never comes with the age of an idle time.
-        phase = self._phase()
+        phase = phase or self._phase()
         step_at = self._status.step_at
         active, cached, peak = (0, 0, 0) if self._loaded is None else self._loaded.memory()
         return Heartbeat(

@@ -29,9 +29,10 @@ async def test_it_counts_what_came_and_asks_each_time_for_something_new() -> Non
         assert (busy.status_code, busy.json()["code"]) == (409, "conflict")
         await worker.step(first.rid, "a")
         await asyncio.sleep(0.05)  # what is measured is time
-        await worker.step(first.rid, "b", tokens=4, finish=Finish.LENGTH)
         await worker.send(Failed(worker.incarnation, second.rid, "internal_error", "no"))
+        # It comes when the first's text and the second's end were seen; so the first one's end is later than anything.
         third = await worker.answer("a", "b", "c", finish=Finish.LENGTH)
+        await worker.step(first.rid, "b", tokens=4, finish=Finish.LENGTH)
         found = (await asked).json()
         assert (found["schema"], found["completed"], found["failed"]) == ("lmx.benchmark/1", 2, {"internal_error": 1})
         assert (found["prompt_tokens"], found["completion_tokens"]) == (14, 7)

@@ -27,8 +27,8 @@ async def test_a_killed_embedding_worker_costs_others_nothing_and_its_own_a_paus
     new_lmx: Callable[..., Lmx], tiny_model: Path, tmp_path: Path
 ) -> None:
     folder = make_tiny_encoder(tmp_path / "encoder")
-    # Small steps, so that the requests are still under way when a heartbeat has told of them.
-    lmx = new_lmx(LMX_MODELS__PREFILL_STEP_TOKENS="16").start()
+    # Small steps and many heartbeats, so that the requests are still under way when one has told of them.
+    lmx = new_lmx(LMX_MODELS__PREFILL_STEP_TOKENS="16", LMX_LIFECYCLE__HEARTBEAT_S="0.2").start()
     lmx.load(tiny_model, "chat")
     lmx.load(folder, "vectors")
     limits = httpx.Limits(max_connections=64)

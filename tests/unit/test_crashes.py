@@ -162,12 +162,15 @@ def test_no_word_of_a_line_survives_in_any_shape(shape: str, other: str) -> None
 def test_stacks_of_a_real_dump_are_found_and_kept(tmp_path: Path) -> None:
     file = tmp_path / "out"
     program = (
-        "import faulthandler, signal, os, threading, time\n"
+        "import faulthandler, signal, os, threading\n"
         "faulthandler.register(signal.SIGUSR1, all_threads=True)\n"
-        "threading.Thread(target=time.sleep, args=(0.5,)).start()\n"
+        "there, go = threading.Event(), threading.Event()\n"
+        "threading.Thread(target=lambda: (there.set(), go.wait())).start()\n"
+        "there.wait()\n"
         "print('before', flush=True)\n"
         "os.kill(os.getpid(), signal.SIGUSR1)\n"
         "print('after', flush=True)\n"
+        "go.set()\n"
     )
     with file.open("wb") as stream:
         subprocess.run([sys.executable, "-c", program], stdout=stream, stderr=stream, check=True)

@@ -353,7 +353,9 @@ class FreeSpace:
     free = 1_000_000
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(data=st.data())
 def test_a_cut_file_is_always_refused_as_such(
     data: st.DataObject, plain: tuple[dict[str, Any], dict[str, Tensor]], tmp_path: Path
@@ -367,7 +369,9 @@ def test_a_cut_file_is_always_refused_as_such(
     assert caught.value.code == ("not_gguf" if cut < 4 else "corrupt")
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(changes=st.lists(st.tuples(st.integers(0, 60_000), st.integers(0, 255)), min_size=1, max_size=4))
 def test_a_damaged_header_never_raises_anything_else(
     changes: list[tuple[int, int]], plain: tuple[dict[str, Any], dict[str, Tensor]], tmp_path: Path

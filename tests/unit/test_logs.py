@@ -208,7 +208,9 @@ def test_any_scalars_are_one_line_of_json(fields: dict[str, Any]) -> None:
 
 
 @given(st.text(st.characters(blacklist_categories=()), max_size=40))
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 def test_any_text_is_one_line_in_the_file_and_one_on_the_terminal(file: Path, terminal: Terminal, text: str) -> None:
     before = len(terminal.getvalue())
     event("any", value=text)
