@@ -79,6 +79,10 @@ class Clock:
         self._timer = asyncio.get_running_loop().call_later(max(0.0, due - now), self._tick)
 
     def _tick(self) -> None:
+        # After what has arrived meanwhile was heard: nobody is late because we were.
+        asyncio.get_running_loop().call_soon(self._judge)
+
+    def _judge(self) -> None:
         if not self._forgive_standstill():
             self._feed_all(ev.Tick(0.0))
         self.wake_soon()
