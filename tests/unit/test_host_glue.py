@@ -3,6 +3,8 @@
 import asyncio
 import json
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from protocol.framing import frame
 from protocol.messages import encode
 from protocol.paths import Home
 from protocol.states import ModelState, Phase
+from supervisor import adoption
 from supervisor import events as ev
 from supervisor.clock import Clock
 from supervisor.guard import Guard
@@ -28,6 +31,8 @@ from supervisor.peers import Peers
 from supervisor.platform import current_platform
 from supervisor.restarts import worker_policy
 from supervisor.slot import Settings
+from supervisor.store import ChildRecord
+from supervisor.watching import Changes
 
 
 @pytest.fixture
@@ -131,3 +136,25 @@ async def test_what_arrived_while_we_were_busy_is_heard_before_deadlines_are_jud
     channel.close()
     theirs.close()
     assert told[:2] == ["heard", "judged"]
+
+
+async def test_a_supervisor_that_stood_still_ends_nobody_who_had_no_time_to_introduce_himself(home: Home) -> None:
+    config, platform, changes = Config(lifecycle=LifecycleConfig(adopt_s=0.5)), current_platform(), Changes()
+    host = Host(home, config, platform, Journal(home.state / "events.jsonl"), changes.ring)
+    managed = host.add("slot", worker_policy(config.lifecycle), model="model")
+    host.feed(managed, ev.Want())
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"]) as process:  # noqa: ASYNC220
+        try:
+            started = platform.process_started(process.pid)
+            assert started is not None
+            expected = ChildRecord(slot="slot", model="model", incarnation=1, pid=process.pid, started=started)
+            adopting = asyncio.create_task(adoption.adopt(host, changes, [expected], ()))
+            await asyncio.sleep(0.01)
+            time.sleep(1.0)  # noqa: ASYNC251 - all of this machine stands still
+            await asyncio.sleep(0.1)
+            host.adopt(managed, process.pid, 1, Phase.IDLE)
+            await asyncio.wait_for(adopting, 20)
+            assert process.poll() is None
+        finally:
+            host.close()
+            process.kill()
