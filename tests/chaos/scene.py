@@ -58,6 +58,13 @@ def load_mark(lmx: Lmx) -> str:
     raise AssertionError("no runtime state")
 
 
+def logged(file: Path, event: str, *, seen: int = 0) -> list[dict[str, Any]]:
+    """Return the events of that name in a log that is being written; `seen` bytes are left out."""
+    written = file.read_bytes()[seen:]
+    whole = written[: written.rfind(b"\n") + 1].splitlines()
+    return [entry for line in whole if (entry := json.loads(line))["event"] == event]
+
+
 class Pipe:
     """A named pipe for a fault plan: each byte lets its process do one thing (`tests.fault.plan`)."""
 

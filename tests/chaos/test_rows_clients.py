@@ -21,6 +21,7 @@ from gateway.stream import WRITE_STALL_S
 from tests.chaos.clients import OTHER
 from tests.chaos.figures import Figure
 from tests.chaos.scene import Pipe, Stage
+from tests.chaos.scene import logged as events_in
 from tests.chaos.test_rows_gateway import (
     answers,
     ask,
@@ -190,8 +191,7 @@ async def test_row_72_disconnect_in_prefill(stage: Stage, figure: Figure, steps:
     (log,) = (stage.lmx.home / "logs").glob("stepped-*.log")
 
     def finished() -> list[dict[str, Any]]:
-        lines = log.read_bytes().splitlines()
-        return [json.loads(line) for line in lines if b'"event":"request_finished"' in line]
+        return events_in(log, "request_finished")
 
     times, before = [], len(finished())
     with undisturbed(stage.lmx):

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.chaos.figures import Figure
-from tests.chaos.scene import FAIL, PATIENCE_S, Scene, Stage, Victim, counted
+from tests.chaos.scene import FAIL, PATIENCE_S, Scene, Stage, Victim, counted, logged
 from tests.harness import deadline
 from worker.failures import FatalError
 from worker.loading import Canary
@@ -149,7 +149,7 @@ def test_row_19_thread_dies_and_the_process_lives(stage: Stage, figure: Figure) 
         assert (exited["code"], exited["exit_class"]) == (70, "thread_died")
         log = next((scene.lmx.home / "logs").glob("row-19-*.log"))
         for _ in deadline(PATIENCE_S):
-            died = [json.loads(line) for line in log.read_text().splitlines() if '"thread_died"' in line]
+            died = logged(log, "thread_died")
             if died:
                 break
         died_at = datetime.fromisoformat(died[0]["ts"]).timestamp()
@@ -183,12 +183,7 @@ def test_row_36_query_of_death(stage: Stage, figure: Figure) -> None:
             again = scene.ask("[[abort 3]]").wait()
             assert (again.status, again.code) == (422, "request_quarantined")
         assert not scene.ask("[[abort 4]]", max_tokens=3).wait().error, "another request, and it ends before its fault"
-        log = (scene.lmx.home / "logs" / "gateway.log").read_text().splitlines()
-        named = [
-            line
-            for line in map(json.loads, log)
-            if line["event"] == "request_quarantined" and line["model"] == "row-36"
-        ]
-        assert [len(line["digest"]) for line in named] == [8]
+        named = logged(scene.lmx.home / "logs" / "gateway.log", "request_quarantined")
+        assert [len(line["digest"]) for line in named if line["model"] == "row-36"] == [8]
         scene.serves()
         assert scene.attempts() == 3

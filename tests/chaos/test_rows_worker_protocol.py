@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from tests.chaos.figures import Figure
-from tests.chaos.scene import FAIL, PATIENCE_S, Stage, counted
+from tests.chaos.scene import FAIL, PATIENCE_S, Stage, counted, logged
 from tests.harness import deadline
 
 MIB = 1024 * 1024
@@ -92,7 +92,4 @@ def test_row_31_nonsense_ends_the_process_after_three(stage: Stage, word: str) -
 
 
 def gateway_events(stage: Stage, name: str) -> list[dict[str, object]]:
-    import json
-
-    lines = (stage.lmx.home / "logs" / "gateway.log").read_text().splitlines()
-    return [entry for line in lines if (entry := json.loads(line))["event"] == name]
+    return logged(stage.lmx.home / "logs" / "gateway.log", name)
