@@ -435,7 +435,7 @@ def test_row_70_upgrade_to_another_protocol_version(tiny_model: Path, tmp_path: 
             tokens = {OTHER: 150, "second": 750}
             calls = [ask(url, m, f"[[tokens {n}]]", max_tokens=n) for m, n in tokens.items() for _ in range(2)]
             for call in calls:
-                call.wait_chunks(3)
+                call.wait_chunks(1)
             (site / "version").write_text("2")
             lmx.cli("upgrade")
             lmx.wait_status(

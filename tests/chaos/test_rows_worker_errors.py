@@ -169,7 +169,7 @@ def test_row_36_query_of_death(stage: Stage, figure: Figure) -> None:
         scene.loaded(tokens_per_s=100.0)
         innocents = [scene.ask(f"[[tokens {100 + number}]]", max_tokens=1000) for number in range(4)]
         for call in innocents:
-            call.wait_chunks(5)
+            call.wait_chunks(1)
         culprit = scene.ask("[[abort 3]]", stream_options={"include_usage": True})
         for number, call in enumerate(innocents):
             assert call.wait().whole, repr(call)
