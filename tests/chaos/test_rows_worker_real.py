@@ -117,10 +117,10 @@ def test_row_02_abort_mid_stream_not_continued(stage: Stage, figure: Figure) -> 
 
 @pytest.mark.parametrize("on_crash", ["fail", "continue"])
 def test_row_03_abort_during_prefill(stage: Stage, figure: Figure, on_crash: str) -> None:
-    """Not streaming, a prompt of some 280 chunks."""
+    """Not streaming, a prompt of some 400 chunks."""
     with stage.scene(f"row-03-{on_crash}") as scene:
         victim = scene.loaded()
-        call = scene.ask("sea " * 4500, stream=False, max_tokens=3, headers={"X-LMX-On-Crash": on_crash})
+        call = scene.ask("sea " * 6500, stream=False, max_tokens=3, headers={"X-LMX-On-Crash": on_crash})
         scene.lmx.wait_status(lambda doc: any(m["id"] == scene.model and m["running"] for m in doc["models"]))
         assert call.is_alive(), "the answer came before the fault"
         killed_at = victim.signal(signal.SIGABRT)
