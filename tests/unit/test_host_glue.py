@@ -100,7 +100,10 @@ async def test_what_a_process_had_said_before_its_end_counts_though_the_end_is_s
     assert (record["phase"], record["step"]) == ("warming", 7)
 
 
-async def test_what_arrived_while_we_were_busy_is_heard_before_deadlines_are_judged(home: Home) -> None:
+@pytest.mark.parametrize("stopped", [False, True])
+async def test_what_arrived_while_we_were_busy_is_heard_before_deadlines_are_judged(
+    home: Home, monkeypatch: pytest.MonkeyPatch, stopped: bool
+) -> None:
     """The heartbeat lies in the socket: nobody is late because we were."""
     config = LifecycleConfig(hello_s=0.2)
     managed = Managed("slot", Settings(config, worker_policy(config)))
@@ -128,6 +131,11 @@ async def test_what_arrived_while_we_were_busy_is_heard_before_deadlines_are_jud
     await asyncio.sleep(0.01)  # the deadline is armed
     theirs.sendall(frame(b"heartbeat"))
     time.sleep(0.4)  # noqa: ASYNC251 - busy beyond the deadline
+    if stopped:  # a wait that a stop has interrupted, and whose time is over, sees nothing
+        selector = asyncio.get_running_loop()._selector  # type: ignore[attr-defined]
+        seen = selector.select
+        answers = iter([lambda _timeout: []])
+        monkeypatch.setattr(selector, "select", lambda timeout=None: next(answers, seen)(timeout))
     async with asyncio.timeout(20):
         await listening
         while "judged" not in told:  # noqa: ASYNC110 - by a timer
