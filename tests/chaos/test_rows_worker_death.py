@@ -85,7 +85,9 @@ def test_row_07_crash_while_loading_weights(stage: Stage, figure: Figure, tmp_pa
         scene.fault(load_pipe=str(pipe.file))
         loading = scene.loading()
         # It has said how much there is to load, so it has read what it has to do.
-        scene.lmx.wait_status(lambda _: scene.lmx.model("row-07")["progress"]["total_bytes"])
+        scene.lmx.wait_status(
+            lambda doc: any(m["id"] == "row-07" and m["progress"]["total_bytes"] for m in doc["models"])
+        )
         victim = scene.victim()
         assert load_mark(scene.lmx) == "row-07"
         waiting = scene.ask()
