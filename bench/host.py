@@ -56,7 +56,9 @@ def status_of(home: Path) -> Document:
 def journal_of(home: Path) -> list[Document]:
     """Return all lifecycle events."""
     file = home / "state" / "events.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    written = file.read_bytes() if file.exists() else b""
+    # What is being written is not looked at: a line may be there in part.
+    return [json.loads(line) for line in written[: written.rfind(b"\n") + 1].splitlines()]
 
 
 class Host:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import re
 from collections.abc import Collection, Sequence
+from typing import Final
 
 from protocol.paths import Home
 from supervisor.children import end_stranger
@@ -12,6 +13,7 @@ from supervisor.platform.base import Platform
 from supervisor.store import ChildRecord, Runtime
 from supervisor.watching import Changes
 
+_PIECE_S: Final = 0.2
 _PER_INCARNATION = re.compile(r"\.(\d+)\.(?:sock|json)$")
 
 
@@ -68,9 +70,14 @@ async def adopt(host: Host, changes: Changes, expected: Sequence[ChildRecord], u
         there = {managed.slot.incarnation for managed in host.slots.values()}
         return there if host.spare is None else there | {host.spare.incarnation}
 
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(host.config.lifecycle.adopt_s):
-            await changes.wait_for(lambda: not missing() and set(unknown) <= present())
+    # In pieces, of which each counts as what it was to be: a time in which we stood still is not theirs.
+    left_s = host.config.lifecycle.adopt_s
+    while left_s > 0:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(_PIECE_S, left_s)):
+                await changes.wait_for(lambda: not missing() and set(unknown) <= present())
+                break
+        left_s -= _PIECE_S
     wanted = [child for child in missing() if host.platform.process_started(child.pid) == child.started]
     for child in wanted:
         host.journal.write("orphan_ended", level="WARNING", model=child.model, slot=child.slot, pid=child.pid)

@@ -1,6 +1,5 @@
 """What ended a process, and its crash record: written, corrected and completed as more is heard of it."""
 
-import contextlib
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -9,8 +8,6 @@ from typing import Final
 
 import msgspec
 
-from protocol import control
-from protocol.messages import MalformedMessageError
 from supervisor.crashes import CrashRecord, CrashStore, crash_id, versions
 from supervisor.exits import ExitRecord, classify
 from supervisor.journal import Journal
@@ -45,14 +42,12 @@ class CrashReports:
         self._journal = journal
         self._knows = knows
         self._corrected = corrected
-        self._decoder = control.to_supervisor_decoder()
         #: The newest crash record of each model, and what a gateway said of a crash before we saw it.
         self._newest: dict[str, CrashRecord] = {}
         self._casualties: dict[tuple[str, int], tuple[str, ...]] = {}
 
     def explain(self, managed: Managed, returncode: int | None, tail: str, *, at: float, asked: bool) -> ExitRecord:
         """Return what ended the process of a slot. `tail` is of its stderr, `asked` whether it was told to end."""
-        self._hear_last_words(managed)
         condemned = managed.slot.condemned
         return classify(
             returncode,
@@ -143,14 +138,6 @@ class CrashReports:
             crash=crash,
         )
         self._corrected(managed, was, better)
-
-    def _hear_last_words(self, managed: Managed) -> None:
-        """Its last frame may have arrived in the same moment as its end, and be unread."""
-        for body in () if managed.channel is None else managed.channel.take_rest():
-            with contextlib.suppress(MalformedMessageError):
-                message = self._decoder.decode(body)
-                if isinstance(message, control.Dying):
-                    managed.last_words = message.message
 
     def _jetsam(self, managed: Managed) -> bool:
         since = time.time() if managed.box is None else managed.box.since_unix

@@ -75,6 +75,8 @@ class Host:
         #: Called before a model's process is started, so that a panic while it loads finds its name on disk.
         self.before_load: Callable[[str], None] = lambda _model: None
         self.recovery = Recovery(journal)
+        #: Called when a process has ended, before its end is judged: what it had said and nobody had read counts.
+        self.before_end: Callable[[Managed], None] = lambda _managed: None
         #: Asked before a model's process is started, at a monotonic time: whether there is room for it.
         self.gate: Callable[[Managed, float], bool] = lambda _managed, _now: True
 
@@ -219,7 +221,9 @@ class Host:
         return child
 
     def _ended(self, managed: Managed, returncode: int | None) -> None:
-        slot, seen_at = managed.slot, time.time()
+        seen_at = time.time()
+        self.before_end(managed)
+        slot = managed.slot
         asked = (slot.state is ModelState.STOPPING and not slot.condemned) or not slot.wanted
         end, tail = record("lost", at=seen_at), ""
         with self.guard("end"):  # whatever fails here, it is gone

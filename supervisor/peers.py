@@ -1,13 +1,14 @@
 """Conversations with workers and gateways over the control socket, and what becomes of processes nobody knows."""
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable
 
 from protocol import PROTOCOL_VERSION, control
 from protocol.channel import ChannelClosedError
 from protocol.logs import event
-from protocol.messages import encode
+from protocol.messages import MalformedMessageError, encode
 from protocol.states import Phase
 from supervisor import events as ev
 from supervisor.children import end_stranger
@@ -35,6 +36,8 @@ class Peers:
         self._handed_back = handed_back
         self._wanted = wanted
         self._strangers: set[asyncio.Task[None]] = set()
+        self._decoder = control.to_supervisor_decoder()
+        host.before_end = self.hear_rest
 
     async def worker(self, hello: control.WorkerHello, connection: Connection) -> None:
         """Serve one worker until its connection ends."""
@@ -80,6 +83,12 @@ class Peers:
         """Serve the spare until its connection ends."""
         if self._host.spare is None or not await self._host.spare.serve(hello, connection):
             self._dismiss(hello.pid, connection, "spare")
+
+    def hear_rest(self, managed: Managed) -> None:
+        """Hear what a process that has ended had said and we, being busy, had not read: that it got so far, and why."""
+        for body in () if managed.channel is None else managed.channel.take_rest():
+            with self._host.guard("end"), contextlib.suppress(MalformedMessageError):
+                self._hear(managed, self._decoder.decode(body))
 
     async def close(self) -> None:
         """Wait for the strangers that are being ended."""

@@ -26,8 +26,9 @@ _SETTLE_S: Final = 2.0
 #: A worker that should take no requests is told so this often, and keeps to it for so long.
 _TELL_S: Final = 1.0
 _CLOSE_S: Final = 5.0
-#: Between its last words to its gateway and the end of a process that is ended for its memory.
-_LAST_WORDS_S: Final = 0.6
+#: So long has a process that is ended for its memory to tell its requests why and to leave by itself, which takes it
+#: some milliseconds unless it is held up. Then it is killed.
+_LAST_WORDS_S: Final = 1.5
 #: One that is drained may still grow.
 _WATCHED: Final = frozenset({ModelState.LOADING, ModelState.WARMING, ModelState.READY, ModelState.DRAINING})
 #: The gateway is replaced after so many samples above its limit, and at most so often.

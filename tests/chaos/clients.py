@@ -171,7 +171,7 @@ class Others:
             self._stop.wait(0.03 if call.ended_at - call.sent_at > 0.3 else 0.15)
 
     def _poll(self) -> None:
-        with httpx.Client(base_url=self._url, timeout=5) as http:
+        with httpx.Client(base_url=self._url, timeout=PATIENCE_S) as http:
             while not self._stop.is_set():
                 asked = time.monotonic()
                 try:

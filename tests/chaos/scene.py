@@ -42,15 +42,60 @@ def counted(tokens: int) -> str:
     return "".join(f"tok{number} " for number in range(tokens))
 
 
+def put(file: Path, content: bytes) -> None:
+    """Write a file that others read at any time: they see all of it, or what was there before."""
+    whole = file.with_name(f".{file.name}.new")
+    whole.write_bytes(content)
+    whole.replace(file)
+
+
+def load_mark(lmx: Lmx) -> str:
+    """Return the name of the model that is being loaded, as the state on disk has it."""
+    for _ in deadline(PATIENCE_S):
+        with contextlib.suppress(FileNotFoundError):  # the file is replaced in two steps
+            body = (lmx.home / "state" / "runtime").read_text().partition("\n")[2]
+            return str(json.loads(body)["load_mark"])
+    raise AssertionError("no runtime state")
+
+
+def logged(file: Path, event: str, *, seen: int = 0) -> list[dict[str, Any]]:
+    """Return the events of that name in a log that is being written; `seen` bytes are left out."""
+    written = file.read_bytes()[seen:]
+    whole = written[: written.rfind(b"\n") + 1].splitlines()
+    return [entry for line in whole if (entry := json.loads(line))["event"] == event]
+
+
+class Pipe:
+    """A named pipe for a fault plan: each byte lets its process do one thing (`tests.fault.plan`)."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        os.mkfifo(file)
+        self._end = os.open(file, os.O_RDWR | os.O_NONBLOCK)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._end)
+
+    def let(self, count: int = 1) -> None:
+        os.write(self._end, bytes(count))
+
+    def take_back(self) -> None:
+        """Take out what nobody has read."""
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._end, 4096):
+                pass
+
+
 class Victim:
     """A model's process at one moment."""
 
-    def __init__(self, lmx: Lmx, model: str) -> None:
-        found = lmx.model(model)
+    def __init__(self, model: str, pid: int, incarnation: int) -> None:
         self.model = model
-        self.pid = int(found["pid"] or 0)
-        self.incarnation = int(found["incarnation"])
-        self.slot = ""
+        self.pid = pid
+        self.incarnation = incarnation
 
     def signal(self, number: signal.Signals) -> float:
         """Send a signal and return when."""
@@ -71,15 +116,19 @@ class Stage:
         try:
             self.lmx.start()
             slow = FaultPlan(models=(OTHER,), tokens_per_s=100.0, answer_tokens=1000)
-            self.faults.write_bytes(msgspec.json.encode([slow]))
+            self.plans(slow)
             self.lmx.load(folder, OTHER)
-            self.faults.write_text("[]")
+            self.plans()
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
         self.lmx.close()
+
+    def plans(self, *plans: FaultPlan) -> None:
+        """Say how processes that are started from now on misbehave; of several plans the first that applies counts."""
+        put(self.faults, msgspec.json.encode(plans))
 
     @contextlib.contextmanager
     def scene(self, model: str) -> Iterator["Scene"]:
@@ -116,7 +165,7 @@ class Scene:
                     call.wait()
         finally:
             self._others.__exit__(kind, error, trace)
-            self.stage.faults.write_text("[]")
+            self.stage.plans()
             for model in [self.model, *self._extra]:
                 self.unload(model)
         if kind is None:
@@ -130,8 +179,7 @@ class Scene:
 
     def fault(self, **plan: Any) -> None:
         """Say how this row's model misbehaves, from its next process on."""
-        made = FaultPlan(**{"models": (self.model,), **plan})
-        self.stage.faults.write_bytes(msgspec.json.encode([made]))
+        self.stage.plans(FaultPlan(**{"models": (self.model,), **plan}))
 
     def load(self, model: str = "", folder: Path | None = None, *, check: bool = True) -> control.Result:
         """Load the victim (or an additional model) and return what the command says."""
@@ -152,14 +200,17 @@ class Scene:
         self.command(control.UnloadRequest(model))
 
     def victim(self, model: str = "") -> Victim:
-        return Victim(self.lmx, model or self.model)
+        found = self.lmx.model(model or self.model)
+        return Victim(found["id"], int(found["pid"] or 0), int(found["incarnation"]))
 
     def loaded(self, **plan: Any) -> Victim:
         """Load the victim with a fault plan and return its process."""
         if plan:
             self.fault(**plan)
         self.load()
-        return self.victim()
+        # Not what lives now: that may be the next one, if it is made to die soon.
+        started = self.event("process_started")
+        return Victim(self.model, started["pid"], started["incarnation"])
 
     def command(self, request: Any) -> control.Result:
         client = Client(Home(self.lmx.home))
@@ -233,14 +284,17 @@ class Scene:
         """Return how many processes of the victim were started."""
         return sum(entry["model"] == self.model for entry in self.events("process_started"))
 
-    def crash(self, incarnation: int, within_s: float = 5.0) -> dict[str, Any]:
-        """Return the crash record of an incarnation, with its files' texts."""
+    def crash(self, incarnation: int, within_s: float = PATIENCE_S, *, named: bool = False) -> dict[str, Any]:
+        """Return the crash record of an incarnation, with its files' texts.
+
+        `named`: once the gateway has told whose requests it had, which may be after the end.
+        """
         for _ in deadline(within_s):
-            for folder in (self.lmx.home / "crashes").iterdir():
-                if folder.name.startswith(".") or not (folder / "record.json").exists():
+            for folder in (self.lmx.home / "crashes").glob("[!.]*"):
+                if not (folder / "record.json").exists():
                     continue
                 record: dict[str, Any] = json.loads((folder / "record.json").read_text())
-                if record["incarnation"] == incarnation:
+                if record["incarnation"] == incarnation and (record["requests"] or not named):
                     return {**record, **{file.name: file.read_text() for file in folder.glob("*.txt")}}
         raise AssertionError(f"no crash record of incarnation {incarnation}")
 

@@ -44,7 +44,7 @@ def test_row_42_gateway_that_grows(tiny_model: Path, tmp_path: Path, figure: Fig
             lmx.wait_status(lambda doc: doc["gateway"]["state"] == "ready")
             figure("row 42", "replaced after it has grown", time.monotonic() - began, target=5.0)
         assert pids(lmx) == before
-        assert gateway_of(lmx)["memory_bytes"] < 200_000_000
+        lmx.wait_status(lambda doc: 0 < (doc["gateway"]["memory_bytes"] or 0) < 200_000_000)
 
 
 def test_row_68_bad_configuration_on_reload(tiny_model: Path, figure: Figure) -> None:
@@ -84,7 +84,7 @@ def test_row_71_versions_of_mlx_that_are_not_used(tiny_model: Path, tmp_path: Pa
         assert done.returncode == 1
         assert "MLX 0.31.2 is not used" in done.stderr
         assert sum(entry["event"] == "process_started" and entry.get("model") == "old" for entry in lmx.journal()) == 1
-        answer = httpx.post(f"{lmx.url}/v1/chat/completions", json=chat("old", max_tokens=1, stream=False))
+        answer = httpx.post(f"{lmx.url}/v1/chat/completions", json=chat("old", max_tokens=1, stream=False), timeout=30)
         assert answer.status_code in {404, 503}
     finally:
         lmx.close()

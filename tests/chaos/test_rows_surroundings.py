@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from tests.chaos.test_rows_gateway import stage_of, undisturbed
@@ -46,10 +45,10 @@ def test_row_54_throttled_gpu(tiny_model: Path) -> None:
     """The same model, first timed at 10 ms per token, then at 83 ms."""
     with stage_of(tiny_model) as stage, undisturbed(stage.lmx):
         lmx = stage.lmx
-        stage.faults.write_bytes(msgspec.json.encode([FaultPlan(models=("victim",), step_s=0.010)]))
+        stage.plans(FaultPlan(models=("victim",), step_s=0.010))
         lmx.load(stage.folder, "victim")
         lmx.wait_status(lambda document: model_of(document)["pace"] == 1.0)
-        stage.faults.write_bytes(msgspec.json.encode([FaultPlan(models=("victim",), step_s=0.0833)]))
+        stage.plans(FaultPlan(models=("victim",), step_s=0.0833))
         before = lmx.model("victim")["incarnation"]
         lmx.cli("restart-worker", "victim")
         lmx.wait_model("victim", other_than=before)
@@ -101,7 +100,7 @@ def test_row_61_macmon_that_cannot_be_used(tiny_model: Path, tmp_path: Path, scr
     with stage_of(tiny_model, **settings) as stage, undisturbed(stage.lmx):
         lmx = stage.lmx
         if script is not None:
-            lmx.wait_status(lambda _: (tmp_path / "ran").exists())
+            lmx.wait_status(lambda _: (tmp_path / "ran").exists() and "\n" in (tmp_path / "ran").read_text())
             pids = {int(line) for line in (tmp_path / "ran").read_text().split()}
             # One that hangs is ended, and not started again at once.
             lmx.wait_status(lambda _: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids))

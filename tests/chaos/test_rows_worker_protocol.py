@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from tests.chaos.figures import Figure
-from tests.chaos.scene import FAIL, Stage, counted
+from tests.chaos.scene import FAIL, PATIENCE_S, Stage, counted, logged
 from tests.harness import deadline
 
 MIB = 1024 * 1024
@@ -57,7 +57,7 @@ def test_row_30_worker_floods_or_sends_a_huge_frame(stage: Stage, figure: Figure
         figure("row 30", f"gateway's memory grew ({word})", peak.grown, target=50, unit="MiB")
         assert peak.grown < 50
         assert call.whole or call.code in {"protocol_error", "worker_crashed"}, repr(call)
-        for _ in deadline(10):  # the link was cut; it is made again
+        for _ in deadline(PATIENCE_S):  # the link was cut; it is made again
             again = scene.ask(max_tokens=3).wait()
             if again.whole:
                 break
@@ -85,14 +85,11 @@ def test_row_31_nonsense_ends_the_process_after_three(stage: Stage, word: str) -
             call = scene.ask(f"[[{word}]]", headers=FAIL).wait()
             assert call.code == "protocol_error", repr(call)
         assert [e for e in gateway_events(stage, "protocol_error") if e["model"] == f"row-31-{word}"]
-        exited = scene.exited(victim, within_s=10)
+        exited = scene.exited(victim)
         assert exited["exit_class"] == "protocol_error"
         scene.ready_after(victim)
         scene.serves()
 
 
 def gateway_events(stage: Stage, name: str) -> list[dict[str, object]]:
-    import json
-
-    lines = (stage.lmx.home / "logs" / "gateway.log").read_text().splitlines()
-    return [entry for line in lines if (entry := json.loads(line))["event"] == name]
+    return logged(stage.lmx.home / "logs" / "gateway.log", name)

@@ -12,7 +12,7 @@ from protocol.data import Submit
 from protocol.errors import LmxError
 from protocol.spec import WorkerSpec
 from tests.fault.answers import CallingAnswer, ThinkingAnswer
-from tests.fault.plan import FaultPlan, commit, marker, read_plan
+from tests.fault.plan import FaultPlan, commit, marker, read_plan, wait_for_byte
 from worker.detok import AnswerText, StopStrings, TokenText
 from worker.jobs import AT_LENGTH, AT_STOP, GOES_ON, NO_SCORES, Answer, Job, Loaded, Prepared, Token
 from worker.prompt import check_stops
@@ -144,6 +144,8 @@ def load(spec: WorkerSpec, report: Callable[[int, int, str], None]) -> Loaded:
     """Pretend to load: bytes move in `load_steps` steps over `load_s`."""
     plan = read_plan(spec)
     report(0, plan.weight_bytes, "imports")
+    if plan.load_pipe:
+        wait_for_byte(plan.load_pipe)
     for step in range(1, plan.load_steps + 1):
         time.sleep(plan.load_s / plan.load_steps)
         report(plan.weight_bytes * step // plan.load_steps, plan.weight_bytes, "weights")
@@ -160,7 +162,10 @@ def load(spec: WorkerSpec, report: Callable[[int, int, str], None]) -> Loaded:
             return
         passed = True
         if plan.at == "warming":
-            time.sleep(0.1)  # so that the supervisor has heard of it
+            if plan.warming_pipe:
+                wait_for_byte(plan.warming_pipe)
+            else:
+                time.sleep(0.1)  # so that the supervisor has heard of it
             commit(plan.deed, plan)
         if plan.after_ready_s:
             timer = threading.Timer(plan.after_ready_s, commit, (plan.deed, plan))

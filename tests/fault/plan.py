@@ -58,6 +58,10 @@ class FaultPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_model_len: int = 4096
     load_s: float = 0.0
     load_steps: int = 10
+    #: A named pipe: the load ends when a byte is written into it, instead of after `load_s`.
+    load_pipe: str = ""
+    #: A named pipe: what happens in warming happens when a byte is written into it.
+    warming_pipe: str = ""
     weight_bytes: int = 10_000_000
     #: Held from the start, besides what Python needs.
     ballast_mb: int = 0
@@ -83,6 +87,12 @@ def read_plan(spec: WorkerSpec | None = None) -> FaultPlan:
     if spec is not None and not plan.applies(spec):
         return FaultPlan(tokens_per_s=plan.tokens_per_s, answer_tokens=plan.answer_tokens, load_s=plan.load_s)
     return plan
+
+
+def wait_for_byte(pipe: str) -> None:
+    """Return once a test has written a byte into a named pipe that it holds open."""
+    with Path(pipe).open("rb", buffering=0) as stream:
+        stream.read(1)
 
 
 def marker(text: str) -> tuple[str, list[int]]:
