@@ -89,7 +89,8 @@ async def test_eight_streams_cross_a_crash_unseen(
         for chunks, number in zip(moments, (signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV), strict=True):
             check_same(await killed_at(lmx, http, bodies, chunks, number), references)
             assert (await http.get("/healthz")).status_code == 200
-    assert lmx.model("alpha")["restarts"] == 3
+    # If all had come to their end before the signal, nobody has waited for the restart yet.
+    lmx.wait_status(lambda doc: doc["models"][0]["restarts"] == 3)
 
 
 async def test_whole_answers_and_seeded_ones_cross_it_too(new_lmx: Callable[..., Lmx], tiny_model: Path) -> None:
@@ -109,7 +110,7 @@ async def test_whole_answers_and_seeded_ones_cross_it_too(new_lmx: Callable[...,
         asking = [asyncio.create_task(ask(http, body)) for body in whole]
         check_same(await killed_at(lmx, http, seeded, 60, signal.SIGKILL), references)
         assert await asyncio.gather(*asking) == expected
-    assert lmx.model("alpha")["restarts"] == 1
+    lmx.wait_status(lambda doc: doc["models"][0]["restarts"] == 1)
 
 
 async def test_stop_strings_and_lengths_are_met_across_the_seam(new_lmx: Callable[..., Lmx], tiny_model: Path) -> None:
@@ -194,7 +195,9 @@ async def test_a_poison_is_found_in_two_crashes_and_the_innocents_finish(
             assert usage(stream)["completion_tokens"] == tokens + 1
         assert bad.error is not None
         assert (bad.error["code"], bad.done) == ("request_quarantined", False)
-        assert bad.text == "".join(f"tok{token} " for token in range(20))
+        # What a dying process has not sent is lost with it.
+        assert "".join(f"tok{token} " for token in range(20)).startswith(bad.text)
+        assert bad.text.startswith("tok0 tok1 ")
         refused = await http.post("/v1/chat/completions", json=poison)
         assert (refused.status_code, refused.json()["error"]["code"]) == (422, "request_quarantined")
         # Another one on its own: whole, and before its first token.
