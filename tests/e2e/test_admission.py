@@ -18,9 +18,9 @@ from tests.chaos.test_rows_memory import AVAILABLE_PATCH
 from tests.harness import Lmx, chat, deadline
 
 #: Tokens of cache that all requests of the model have together.
-TOKENS = 1280
+TOKENS = 768
 #: An answer beside which no other has room.
-LONG = 1000
+LONG = 500
 SETTINGS = {
     "LMX_MEMORY__SHED": "2",
     "LMX_MEMORY__CRITICAL": "2",
