@@ -211,6 +211,7 @@ class WorkerPeer:
             self._drop("wrong_incarnation")
         elif isinstance(message, Step):
             requests = self._requests
+            now = time.monotonic()  # before anything is written: what a client does upon it comes later
             going_on = tokens = 0
             for delta in message.deltas:
                 request = requests.get(delta.rid)
@@ -227,16 +228,16 @@ class WorkerPeer:
                 elif request.state is _FAILED:
                     # Its client reads too slowly.
                     self.release(request)
-            self._note_step(going_on, tokens)
+            self._note_step(going_on, tokens, now)
         else:
             self._on_single(message)
 
-    def _note_step(self, going_on: int, tokens: int) -> None:
+    def _note_step(self, going_on: int, tokens: int, now: float) -> None:
         """Count the time between two tokens: of all streams of a step at once, because they take their steps together.
 
         `going_on` streams had had tokens before and got `tokens`; a step that was merged with others brings several.
+        `now` is of `time.monotonic`.
         """
-        now = time.monotonic()
         if tokens and self._stepped_at and self._numbers is not None:
             self._numbers.gap.add((now - self._stepped_at) * going_on / tokens, tokens)
         self._stepped_at = now

@@ -167,14 +167,19 @@ class Service:
         deadline = self._loop.time() + grace_s
         quiet_since = self._loop.time()
         gone = 0
+        silent = False
         # Twice: one that was accepted a moment ago is no connection of the server before some turns of the loop.
         while gone < 2 and self._loop.time() < deadline:
             await asyncio.sleep(_LET_GO_CHECK_S)
             gone = 0 if self._server.connection_count() else gone + 1
             if self._traffic.running:
                 quiet_since = self._loop.time()
+                silent = False
             elif self._loop.time() - quiet_since >= _LET_GO_AFTER_S:
-                self._server.close_idle()
+                # Twice: what arrived while this process had no time for it is read in between.
+                if silent:
+                    self._server.close_idle()
+                silent = True
         return self._traffic.running == 0
 
     async def _drain(self, emptied: Coroutine[Any, Any, bool], code: WorkerExit | None) -> None:

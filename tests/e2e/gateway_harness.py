@@ -127,6 +127,7 @@ class FakeWorker:
         self.socket.set(zmq.ROUTER_MANDATORY, 1)
         self.socket.set(zmq.LINGER, 0)
         self.socket.bind(f"ipc://{self.endpoint}")
+        self._monitor = self.socket.get_monitor_socket(zmq.Event.HANDSHAKE_SUCCEEDED)
         self._decoder = to_worker_decoder()
         self._identity = b""
 
@@ -140,6 +141,11 @@ class FakeWorker:
             "capabilities": Capabilities(2048, 1, ["chat"], 32),
         }
         return CatalogModel(**{**fields, **changes})
+
+    async def met(self) -> None:
+        """Wait until the gateway has a link to this incarnation."""
+        async with asyncio.timeout(PATIENCE_S):
+            await self._monitor.recv_multipart()
 
     async def receive(self, kind: type[MessageT]) -> MessageT:
         async with asyncio.timeout(PATIENCE_S):
@@ -215,7 +221,8 @@ class GatewayProcess:
         )
 
     def events(self) -> list[dict[str, Any]]:
-        return [msgspec.json.decode(line) for line in self.log.read_bytes().splitlines()]
+        whole, _, _ = self.log.read_bytes().rpartition(b"\n")  # the last line may just be being written
+        return [msgspec.json.decode(line) for line in whole.splitlines()]
 
     async def exit_code(self) -> int:
         await until(lambda: self.process.poll() is not None)
@@ -251,6 +258,7 @@ class Stack:
         worker = FakeWorker(self.home, model, incarnation)
         self.workers.append(worker)
         self.supervisor.publish(worker.catalog_model())
+        await worker.met()  # the state alone may still be that of the incarnation before
         await self.state(model, ModelState.READY)
         return worker
 

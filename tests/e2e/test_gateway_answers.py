@@ -24,6 +24,7 @@ from protocol.data import (
     TopLogprob,
     Usage,
 )
+from protocol.states import ModelState
 from tests.contract.openai_schema import check
 from tests.e2e.gateway_harness import FAIL, FakeWorker, Stack, chat_body, chunks, error_code, stack, until
 
@@ -358,6 +359,7 @@ async def test_many_prompts_leave_room_for_others() -> None:
         worker = FakeWorker(lmx.home, "tiny")
         lmx.workers.append(worker)
         lmx.supervisor.publish(worker.catalog_model(capabilities=Capabilities(2048, 1, ["chat"], 2)))
+        await lmx.state("tiny", ModelState.READY)
         for stream in (False, True):
             asking = complete(lmx, prompt=[str(n) for n in range(5)], stream=stream)
             open_rids = [(await worker.accept()).rid for _ in range(2)]

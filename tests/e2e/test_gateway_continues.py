@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ from protocol.config import GatewayConfig, LifecycleConfig
 from protocol.control import Drain, Drained, Stop
 from protocol.data import Accepted, Delta, Failed, Finish, Refused, Resume, Step, Submit, Usage
 from protocol.states import ModelState
+from tests.chaos.test_rows_gateway import patched
 from tests.e2e.gateway_harness import (
     FAIL,
     PATIENCE_S,
@@ -151,11 +153,11 @@ async def test_a_second_crash_ends_it_typed_and_a_third_process_refuses_it() -> 
         answering = lmx.chat(stream=True)  # the same request
         await third.accept()
         third.die()
+        assert error_code(await answering) == "request_quarantined"
         fourth = await lmx.start_worker("tiny", 4)
         refused = await lmx.chat()
         assert (refused.status_code, error_code(refused)) == (422, "request_quarantined")
         assert "retry-after" not in refused.headers
-        assert error_code(await answering) == "request_quarantined"
         other = lmx.chat(seed=1)
         await fourth.answer("fine")
         assert (await other).status_code == 200
@@ -270,7 +272,8 @@ async def test_whoever_wants_to_fail_fails_at_once(by_header: bool) -> None:
         worker.die()
         assert chunks(await reader.task)[-1]["error"]["code"] == "worker_crashed"
         answer = await whole
-        assert time.monotonic() - died < 1  # 250 ms on an idle machine
+        # 250 ms on an idle machine, whatever a busy one makes of it: not what others wait for the next process.
+        assert time.monotonic() - died < config.hold_while_restarting_s / 3
         assert (answer.status_code, error_code(answer)) == (503, "worker_crashed")
         assert answer.headers["retry-after"] == "2"
 
@@ -324,8 +327,7 @@ async def test_how_a_process_ended_does_not_depend_on_who_tells_it_first(complet
         first = await lmx.start_worker()
         whole = lmx.chat()
         rid = (await first.accept()).rid
-        second = await lmx.start_worker("tiny", 2)
-        await lmx.start_worker("marker")  # with which the gateway knows of the second, too, and not of the first's end
+        second = await lmx.start_worker("tiny", 2)  # which the gateway knows of now, and not of the first's end
         other = lmx.chat(seed=1)
         answered = await second.accept()
         if complete:
@@ -583,7 +585,8 @@ async def test_a_hand_over_leaves_new_connections_to_the_next_gateway_and_finish
         await say(worker, rid, "some ")
         await reader.until_text("some ")
         keeping = httpx.Limits(max_keepalive_connections=1)
-        async with httpx.AsyncClient(base_url=lmx.gateway.url, trust_env=False, limits=keeping) as kept:
+        url = lmx.gateway.url
+        async with httpx.AsyncClient(base_url=url, trust_env=False, limits=keeping, timeout=PATIENCE_S) as kept:
             assert (await kept.get("/healthz")).status_code == 200
             lmx.supervisor.send(Drain(30, hand_over=True))
             await until(lambda: "gateway_handing_over" in names(lmx))
@@ -601,7 +604,13 @@ async def test_a_hand_over_leaves_new_connections_to_the_next_gateway_and_finish
             assert (await waiting).status_code == 200
 
 
-async def test_a_request_that_follows_on_a_kept_connection_is_served_though_nothing_ran_for_a_moment() -> None:
+async def test_a_request_that_follows_on_a_kept_connection_is_served_though_nothing_ran_for_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A second is enough for a client, not for one whose machine takes its core away.
+    patient = "from gateway import service; service._LET_GO_AFTER_S = 15.0"
+    for name, value in patched(tmp_path / "site", gateway=patient).items():
+        monkeypatch.setenv(name, value)
     async with stack(SOON) as lmx, httpx.AsyncClient(base_url=lmx.gateway.url, trust_env=False, timeout=20) as kept:
         worker = await lmx.start_worker()
         # A keep-alive comment sends the head of the answer before the hand-over: the connection stays open after it.

@@ -244,10 +244,11 @@ async def test_silence_is_filled_with_comments() -> None:
         worker = await lmx.start_worker()
         accepting = asyncio.create_task(worker.accept())
         async with lmx.client.stream("POST", "/v1/chat/completions", json=chat_body(stream=True)) as answer:
-            rid, seen = (await accepting).rid, ""
+            rid, seen, said = (await accepting).rid, "", False
             async for text in answer.aiter_text():
                 seen += text
-                if seen.count(": keepalive\n\n") == 3:
+                if seen.count(": keepalive\n\n") >= 3 and not said:  # several may come in one piece
+                    said = True
                     await worker.step(rid, "late", finish=Finish.STOP)
         assert text_of(seen) == "late"
         assert seen.endswith("data: [DONE]\n\n")
@@ -268,7 +269,10 @@ async def test_a_slow_reader_is_merged_for_then_cut_off() -> None:
         while not cut.done():
             await worker.step(submit.rid, "x" * 10_000)
             sent += 10_000
-            await asyncio.sleep(0)
+            if sent % 1_000_000:
+                await asyncio.sleep(0)
+            else:  # only what the gateway has got round to says anything about what it keeps
+                await lmx.client.get("/healthz")
         await cut
         # What the kernel's socket buffers hold, our bound, and no more.
         assert sent < 40_000_000

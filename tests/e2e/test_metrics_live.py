@@ -131,6 +131,7 @@ async def test_the_queue_is_the_real_one() -> None:
         worker = await lmx.start_worker()
         running = lmx.chat()
         submit = await worker.accept()
+        await until_value(lmx, 1, "lmx_num_requests_running", model_name="tiny")
         waiting = [lmx.chat() for _ in range(3)]  # submitted, and not accepted: the worker has no slot for them
         await until_value(lmx, 3, "lmx_queued_requests")
         assert await value(lmx, "lmx_num_requests_running", model_name="tiny") == 1

@@ -13,7 +13,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from protocol.data import Finish
 from tests.e2e.gateway_harness import chat_body, stack, until
-from tests.harness import Lmx, chat
+from tests.harness import Lmx, chat, deadline
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 CONTEXT = f"00-{TRACE}-{PARENT}-01"
@@ -93,8 +93,12 @@ def test_spans_of_both_processes_reach_a_collector_under_the_clients_trace(
     text = answer.json()["choices"][0]["message"]["content"]
     assert MARKER.encode() not in collector.bytes
     assert text.encode() not in collector.bytes
-    logs = [file.read_text() for file in (lmx.home / "logs").glob("*.log")]
-    assert sum(f'"trace_id":"{TRACE}"' in log for log in logs) == 2  # the gateway's and the worker's
+    for _ in deadline(20):  # a line may come after its span
+        logs = [file.read_text() for file in (lmx.home / "logs").glob("*.log")]
+        if sum(f'"trace_id":"{TRACE}"' in log for log in logs) == 2:  # the gateway's and the worker's
+            break
+    else:
+        raise AssertionError(lmx.tail())
     assert not any(MARKER in log for log in logs)
 
 

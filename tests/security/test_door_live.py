@@ -103,7 +103,10 @@ async def test_keys_come_and_go_under_load_and_nobody_else_notices(
             other = await http.post(CHAT, json=chat("gamma", max_tokens=8, stream=False), headers=bearer(key))
             assert (other.status_code, other.json()["error"]["code"]) == (403, "forbidden")
             async with httpx.AsyncClient(base_url=lmx.url, timeout=60, headers=bearer(key)) as mine:
-                stream = asyncio.create_task(read_stream(mine, chat("alpha", max_tokens=300, stream=True)))
+                let_in = asyncio.Event()
+                running = read_stream(mine, chat("alpha", max_tokens=300, stream=True), lambda _, e=let_in: e.set())
+                stream = asyncio.create_task(running)
+                await asyncio.wait_for(let_in.wait(), 60)
                 await asyncio.to_thread(lmx.cli, "keys", "revoke", f"bot-{number}")
                 assert await status(key) == 401
                 assert (await stream).done  # what ran goes on

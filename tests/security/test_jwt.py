@@ -188,6 +188,7 @@ async def test_without_an_admin_scope_no_token_opens_an_admin_route(tmp_path: Pa
     assert (await kit.ask(token(rsa_key, scope="admin lmx:admin "), "/admin")).status == 403
 
 
+@pytest.mark.usefixtures("no_minute_ends")
 async def test_tokens_are_limited_each_as_its_subject_and_bad_ones_as_their_address(
     tmp_path: Path, rsa_key: rsa.RSAPrivateKey
 ) -> None:

@@ -93,6 +93,7 @@ async def test_the_wait_is_no_longer_than_needed(clock: Clock) -> None:
     assert await taken(each, 1) == 0
 
 
+@pytest.mark.usefixtures("no_minute_ends")
 async def test_headers_say_what_is_left_as_openai_does(tmp_path: Path) -> None:
     kit = DoorKit(tmp_path, LimitsConfig(inference_per_minute=2, tokens_per_minute=10_000))
     answers = [await kit.ask(body=b'{"max_tokens": 100}') for _ in range(3)]
@@ -114,6 +115,7 @@ def test_durations_are_written_as_openai_writes_them(seconds: float, text: str) 
     assert duration(seconds) == text
 
 
+@pytest.mark.usefixtures("no_minute_ends")
 async def test_reading_is_not_limited_and_local_has_no_limits(tmp_path: Path) -> None:
     kit = DoorKit(tmp_path, LimitsConfig(inference_per_minute=1))
     assert {(await kit.ask("/v1/models", method="GET")).status for _ in range(5)} == {200}
@@ -123,6 +125,7 @@ async def test_reading_is_not_limited_and_local_has_no_limits(tmp_path: Path) ->
     assert not [name for name in answers[0].headers if name.startswith("x-ratelimit")]
 
 
+@pytest.mark.usefixtures("no_minute_ends")
 async def test_a_key_has_limits_of_its_own(tmp_path: Path) -> None:
     kit = DoorKit(tmp_path, LimitsConfig(inference_per_minute=2, concurrent_requests=1))
     less, none = kit.key("less", requests_per_minute=1), kit.key("none", requests_per_minute=0)
@@ -131,6 +134,7 @@ async def test_a_key_has_limits_of_its_own(tmp_path: Path) -> None:
         assert outcomes == [200] * number + [429] * (9 - number)
 
 
+@pytest.mark.usefixtures("no_minute_ends")
 async def test_who_was_refused_by_a_limit_or_for_a_model_is_written_down_by_key(tmp_path: Path) -> None:
     kit = DoorKit(tmp_path, LimitsConfig(inference_per_minute=1, admin_per_minute=1))
     hasty, few = kit.key("hasty"), kit.key("few", models=("a",), requests_per_minute=0)
@@ -167,6 +171,7 @@ async def test_requests_of_one_client_run_together_up_to_its_limit_and_no_place_
 
 
 class TestTokens:
+    @pytest.mark.usefixtures("no_minute_ends")
     async def test_they_are_reserved_before_the_work_and_settled_after_it(self, tmp_path: Path) -> None:
         kit = DoorKit(tmp_path, LimitsConfig(tokens_per_minute=1000))
 
@@ -178,6 +183,7 @@ class TestTokens:
         left = [(await kit.ask(body=body)).headers["x-ratelimit-remaining-tokens"] for _ in range(3)]
         assert left == ["195", "165", "135"]
 
+    @pytest.mark.usefixtures("no_minute_ends")
     async def test_what_was_not_settled_stays_counted_and_what_failed_is_given_back(self, tmp_path: Path) -> None:
         kit = DoorKit(tmp_path, LimitsConfig(tokens_per_minute=1000))
 
@@ -302,6 +308,7 @@ def _run(each: Limiter) -> None:
         each.inference("me", Budget(100_000, 0, 0), []).send(None)
 
 
+@pytest.mark.usefixtures("no_minute_ends")
 async def test_the_admin_key_and_keys_of_the_scope_admin_count_as_themselves(tmp_path: Path) -> None:
     kit = DoorKit(tmp_path, LimitsConfig(admin_per_minute=2))
     boss = kit.key("boss", scope="admin")

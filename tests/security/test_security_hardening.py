@@ -83,6 +83,7 @@ class TestAdminRoutes:
             with pytest.raises(auth.LmxError):
                 authenticator.admin(Credential(key))
 
+    @pytest.mark.usefixtures("no_minute_ends")
     async def test_guessing_is_slowed_for_the_guesser_alone(self, tmp_path: Path) -> None:
         kit = DoorKit(tmp_path, profile="lan")
         guesses = [(await kit.ask("/admin", key=f"guess-{number}")).status for number in range(ADMIN_PER_MINUTE + 3)]
@@ -368,6 +369,7 @@ class TestSpoofedXRealIP:
         assert client_of(PROXY, x_real_ip="1.1.1.1", forwarded="for=1.1.1.1", cf_connecting_ip="1.1.1.1") == PROXY
 
 
+@pytest.mark.usefixtures("no_minute_ends")
 class TestRateLimitKeySpoofing:
     async def test_a_new_forged_address_each_time_is_one_client(self, tmp_path: Path) -> None:
         kit = DoorKit(tmp_path, LimitsConfig(inference_per_minute=3), **{**BEHIND, "profile": "lan"})

@@ -66,6 +66,7 @@ def refusal(checker: SignedClients, *values: str | bytes, now: float = NOW) -> s
     return refused.value.code
 
 
+@pytest.mark.usefixtures("no_minute_ends")
 async def test_clients_of_one_proxy_are_counted_each_and_it_alone_by_its_key(
     tmp_path: Path, nonces: Callable[[str], tuple[str, str]]
 ) -> None:
@@ -98,6 +99,7 @@ async def test_a_name_keeps_the_rights_of_its_key_and_opens_nothing(
     assert (admin.status, admin.body["client"]) == (200, "admin")  # the journal says who it was, not who it says it is
 
 
+@pytest.mark.usefixtures("no_minute_ends")
 async def test_bad_ones_are_401_counted_by_address_and_never_written_down(tmp_path: Path) -> None:
     kit = DoorKit(tmp_path, LimitsConfig(inference_per_minute=3), client_secret_file=secret_file(tmp_path))
     with logged() as lines:
