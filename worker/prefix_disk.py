@@ -208,9 +208,10 @@ class PrefixDisk:
             item.payload.clear()
             self._results.put(_Saved(item.name, written))
         else:
+            now_ns = time.time_ns()  # of all: a thread that is held up between two would turn their order around
             for name, depth in item:
                 with contextlib.suppress(OSError):
-                    self._shelf.touch(name, depth)
+                    self._shelf.touch(name, depth, now_ns)
 
     def _load(self, load: _Load) -> None:
         for number, name in enumerate(load.names, 1):

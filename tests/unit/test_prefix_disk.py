@@ -162,7 +162,11 @@ def test_the_bytes_of_all_models_stay_below_the_limit_and_the_least_recently_use
     assert [one.payload for one in load(neighbour, 1)] == [None]
 
 
-def test_of_one_sequence_the_end_goes_first(open_disk: Callable[..., PrefixDisk], tmp_path: Path) -> None:
+def test_of_one_sequence_the_end_goes_first_however_slow_the_disk_is(
+    open_disk: Callable[..., PrefixDisk], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    utime = os.utime
+    monkeypatch.setattr(os, "utime", lambda *args, **more: (time.sleep(0.005), utime(*args, **more)))
     disk = open_disk(11 * len(PAYLOAD))
     save(disk, *range(8))
     disk.touch([(name(number), number) for number in range(8)])
