@@ -6,12 +6,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Its plugin imports it for the summary: compiling it in a process that has done much can fail in CPython 3.11.
-import hypothesis  # noqa: F401
+import hypothesis
 import pytest
 
 from protocol.builtin_models import EMBEDDING_MODEL_ID
 from tests.harness import Lmx
 from tests.modelkit import builtin_model, default_model, make_tiny_model
+
+# Its own deadline is 200 ms an example, which a machine that is held up for a moment misses.
+hypothesis.settings.register_profile("lmx", deadline=None)
+hypothesis.settings.load_profile("lmx")
 
 
 @pytest.fixture(scope="session")

@@ -522,7 +522,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "site-packages"
     (folder / "cmeel.prefix/lib").mkdir(parents=True)
     monkeypatch.setattr(blas.sysconfig, "get_paths", lambda: {"purelib": str(folder)})
-    monkeypatch.setattr(blas, "_PROBE_S", 5.0)
+    monkeypatch.setattr(blas, "_PROBE_S", 60.0)
     return folder
 
 
