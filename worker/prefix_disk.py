@@ -24,6 +24,8 @@ _MAX_UNREAD_BYTES: Final = 128 * 1024 * 1024
 #: After an error of the disk nothing is written for so long.
 _REST_S: Final = 60.0
 _MAX_TOUCHES: Final = 4096
+#: After an error of the engine a write that is under way is waited for so long.
+_DISOWN_S: Final = 1.0
 
 
 class Loaded(NamedTuple):
@@ -81,6 +83,8 @@ class PrefixDisk:
         self._unread = 0
         self._others: deque[_Save | list[tuple[bytes, int]]] = deque()
         self._closing = False
+        #: What is written from now on is worth nothing.
+        self._disowned = False
         self._rest_until = 0.0
         self._thread = threading.Thread(target=self._run, name="prefix-disk", daemon=True)
         self._thread.start()
@@ -166,9 +170,10 @@ class PrefixDisk:
     def disown(self) -> None:
         """Remove everything that this process wrote: after an error of the engine nobody knows what it is worth."""
         with self._condition:
+            self._disowned = True
             self._loads.clear()
             self._others.clear()
-        self.close(1.0)
+        self.close(_DISOWN_S)
         while self.poll() is not None:
             pass
         for name in self._ours | self._waiting.keys():
@@ -252,6 +257,9 @@ class PrefixDisk:
             if not self._shelf.has_room(save.nbytes):
                 return False
             written = write_block(self._shelf.folder, self._binding, save.name, save.payload)
+            if self._disowned:  # meanwhile, and nobody may have waited for the end of this one
+                self._shelf.remove(save.name)
+                return False
             self._shelf.wrote(save.name, save.depth, written)
         except OSError as error:
             self._rest_until = time.monotonic() + _REST_S

@@ -4,6 +4,7 @@ import os
 import resource
 import stat
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -232,6 +233,27 @@ def test_what_a_failed_engine_wrote_is_removed_and_what_was_there_before_stays(
     save(disk, 2, 3)
     disk.disown()
     assert [file.stem for file in files(tmp_path)] == [name(1).hex()]
+
+
+def test_what_was_being_written_when_the_engine_failed_does_not_stay_either(
+    open_disk: Callable[..., PrefixDisk], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    begun, over = threading.Event(), threading.Event()
+
+    def held_up(folder: Path, binding: bytes, name: bytes, payload: list[memoryview]) -> int:
+        begun.set()
+        over.wait(60)
+        return write_block(folder, binding, name, payload)
+
+    monkeypatch.setattr(prefix_disk, "write_block", held_up)
+    monkeypatch.setattr(prefix_disk, "_DISOWN_S", 0.0)
+    disk = open_disk()
+    assert disk.save(name(1), 0, [memoryview(PAYLOAD)], None, len(PAYLOAD))
+    begun.wait(60)
+    disk.disown()
+    over.set()
+    disk._thread.join(60)
+    assert files(tmp_path) == []
 
 
 def test_no_more_waits_to_be_written_than_so_many_bytes(
