@@ -54,9 +54,10 @@ def status_of(home: Path) -> Document:
 
 
 def journal_of(home: Path) -> list[Document]:
-    """Return all lifecycle events."""
+    """Return all lifecycle events that are whole: the last one may just be being written."""
     file = home / "state" / "events.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    *lines, _ = file.read_text().split("\n") if file.exists() else [""]
+    return [json.loads(line) for line in lines if line]
 
 
 class Host:
