@@ -84,9 +84,13 @@ class Lmx:
         if self._runs():
             self.stop()
             left = [repr(process) for process in self.processes()]
-        for process in self.processes():
-            with contextlib.suppress(psutil.Error):
-                process.kill()
+        for _ in deadline(10):  # a signal takes its time, and what lives may write
+            living = self.processes()
+            if not living:
+                break
+            for process in living:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
         shutil.rmtree(self.home, ignore_errors=True)
         assert not left, f"left behind: {left}"
 

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from queue import Empty, SimpleQueue
+from queue import Empty, Queue
 from typing import Any, Final, NamedTuple
 
 from protocol.logs import event, exception_event
@@ -75,7 +75,8 @@ class PrefixDisk:
         self._ours: set[bytes] = set()
         self._waiting: dict[bytes, _Waiting] = {}
         self._tickets = 0
-        self._results: SimpleQueue[Loaded | _Saved | set[bytes]] = SimpleQueue()
+        # No SimpleQueue: in CPython 3.11 a signal during its wait with a timeout can make that wait endless.
+        self._results: Queue[Loaded | _Saved | set[bytes]] = Queue()
         self._condition = threading.Condition()
         self._loads: deque[_Load] = deque()
         #: Tickets somebody still waits for.

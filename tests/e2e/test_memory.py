@@ -138,7 +138,8 @@ def test_what_does_not_fit_is_refused_with_words_and_leaves_no_trace(
 def test_the_least_recently_used_idle_model_goes_and_loads_do_not_thrash(
     new_lmx: Callable[..., Lmx], folders: Callable[[str], Path]
 ) -> None:
-    lmx = new_lmx(**FAULT, **budget(400), LMX_MEMORY__ROTATE="0", LMX_FAULT=json.dumps(BALLAST)).start()
+    seldom = {"LMX_MEMORY__ROTATE": "0", "LMX_MEMORY__EVICT_EVERY_S": "300"}
+    lmx = new_lmx(**FAULT, **budget(400), **seldom, LMX_FAULT=json.dumps(BALLAST)).start()
     for name in ("one", "two"):
         lmx.cli("load", str(folders(name)))
     used = ask(lmx, "one").wait()

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import signal
 import stat
 import sys
 import threading
@@ -365,6 +366,36 @@ def test_a_disk_whose_thread_ended_is_not_asked(
     disk._thread.join(20)
     assert disk.load([name(1)]) == 0
     assert not disk.save(name(2), 0, [memoryview(PAYLOAD)], None, len(PAYLOAD))
+
+
+def test_a_signal_while_the_disk_is_waited_for_does_not_make_the_wait_endless(
+    open_disk: Callable[..., PrefixDisk],
+) -> None:
+    disk = open_disk()
+    wait_until(lambda: disk.poll() is None)
+    disk.touch([])
+    over, main = threading.Event(), threading.get_ident()
+
+    def disturb() -> None:
+        while not over.wait(0.003):
+            signal.pthread_kill(main, signal.SIGUSR2)
+
+    def rescue() -> None:
+        if not over.wait(30):
+            disk._results.put(Loaded(0, b"", None, last=True))
+
+    before = signal.signal(signal.SIGUSR2, lambda *_: None)
+    threads = [threading.Thread(target=target) for target in (disturb, rescue)]
+    try:
+        for thread in threads:
+            thread.start()
+        found = [disk.poll(0.004) for _ in range(250)]
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+        signal.signal(signal.SIGUSR2, before)
+    assert found == [None] * 250, "somebody had to end it"
 
 
 def test_the_main_thread_is_the_last_to_hold_what_was_written(open_disk: Callable[..., PrefixDisk]) -> None:
