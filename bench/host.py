@@ -54,7 +54,7 @@ def status_of(home: Path) -> Document:
 
 
 def journal_of(home: Path) -> list[Document]:
-    """Return all lifecycle events."""
+    """Return all lifecycle events that are whole: the last one may just be being written."""
     file = home / "state" / "events.jsonl"
     written = file.read_bytes() if file.exists() else b""
     # What is being written is not looked at: a line may be there in part.

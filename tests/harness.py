@@ -60,6 +60,18 @@ class Lmx:
         self.process.kill()
         self.process.wait(WAIT_S)
 
+    def kill_everything(self) -> None:
+        """End the supervisor and whatever it started, as a loss of power would; return once none of it lives."""
+        self.kill_supervisor()
+        for _ in deadline(WAIT_S):
+            living = self.processes()
+            if not living:
+                return
+            for process in living:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        raise AssertionError(self.processes())
+
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Ask the supervisor to end and return its exit code."""
         assert self.process is not None
@@ -72,9 +84,13 @@ class Lmx:
         if self._runs():
             self.stop()
             left = [repr(process) for process in self.processes()]
-        for process in self.processes():
-            with contextlib.suppress(psutil.Error):
-                process.kill()
+        for _ in deadline(10):  # a signal takes its time, and what lives may write
+            living = self.processes()
+            if not living:
+                break
+            for process in living:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
         shutil.rmtree(self.home, ignore_errors=True)
         assert not left, f"left behind: {left}"
 
@@ -142,16 +158,15 @@ class Lmx:
                 for entry in document["models"]
             )
 
-        self.wait_status(there, within_s)
-        return int(self.model(model)["pid"] or 0)
+        # Of that very document: in the next one it may be another process's.
+        document = self.wait_status(there, within_s)
+        return next(int(entry["pid"] or 0) for entry in document["models"] if entry["id"] == model)
 
     @property
     def url(self) -> str:
         """Where the gateway serves."""
         # A supervisor that took over says it once the gateway has handed it the listening socket.
-        self.wait_status(lambda document: bool(document["gateway"]["url"]))
-        document = self.status()
-        assert document is not None
+        document = self.wait_status(lambda document: bool(document["gateway"]["url"]))
         return str(document["gateway"]["url"])
 
     # -- what it wrote ------------------------------------------------------------------------------------------

@@ -108,9 +108,13 @@ async def request_id(target: Target) -> str:
     body = wrong.json()["error"]
     assert wrong.status_code == 400, wrong.text
     assert wrong.headers["x-request-id"] == body["request_id"] == f"{target.id}-e", wrong.text
-    lines = (await target.get("/admin/logs", n=1000)).json()
-    events = {line["event"] for line in lines if target.id in (line.get("request_id"), line.get("trace"))}
-    assert {"http_request", "inference_complete", "request_accepted"} <= events, f"in the logs: {events}"
+    wanted, events = {"http_request", "inference_complete", "request_accepted"}, set[str]()
+    async for _ in trying():
+        lines = (await target.get("/admin/logs", n=1000)).json()
+        events = {line["event"] for line in lines if target.id in (line.get("request_id"), line.get("trace"))}
+        if wanted <= events:
+            break
+    assert wanted <= events, f"in the logs: {events}"
     return "in response, error, the gateway's log and the worker's"
 
 
@@ -171,8 +175,18 @@ async def shedding(target: Target) -> str:
 
 
 async def reload(target: Target) -> None:
+    """Have the configuration read again, and wait until the next gateway serves alone: it is asked the next thing."""
+    lmx = target.own()
+    before = (lmx.status() or {})["gateway"]["pid"]
     done = await target.http.post("/admin/config/reload", headers=bearer(target.admin))
     assert done.status_code == 200, done.text
+
+    def replaced(document: dict[str, Any]) -> bool:
+        gateway = document["gateway"]
+        return gateway is not None and gateway["state"] == "ready" and gateway["pid"] != before
+
+    await asyncio.to_thread(lmx.wait_status, replaced)
+    await asyncio.to_thread(lmx.wait_event, "process_exited", pid=before)
 
 
 async def settled(target: Target, status: int, code: str = "") -> httpx.Response:

@@ -1,7 +1,7 @@
 """The engine loop: obey commands, step the batch, hand over the tokens. It knows nothing of MLX or of sockets."""
 
 from collections.abc import Callable, Sequence
-from queue import Empty, SimpleQueue
+from queue import Empty, Queue
 from time import monotonic
 from typing import Any, Final
 
@@ -23,7 +23,7 @@ class Engine:
     def __init__(
         self,
         backend: Backend,
-        commands: "SimpleQueue[Command]",
+        commands: "Queue[Command]",
         emit: Callable[[Event], None],
         status: Status,
         *,

@@ -8,7 +8,7 @@ import faulthandler
 import os
 import signal
 import threading
-from queue import SimpleQueue
+from queue import Queue
 from time import monotonic
 from typing import Final
 
@@ -55,7 +55,7 @@ _ENDING_SIGNALS: Final = frozenset({signal.SIGTERM, signal.SIGINT})
 class IoThread:
     """Start it before anything slow: it says hello. `emit` and `finish` are for the main thread."""
 
-    def __init__(self, spec: WorkerSpec, status: Status, commands: "SimpleQueue[Command]") -> None:
+    def __init__(self, spec: WorkerSpec, status: Status, commands: "Queue[Command]") -> None:
         now = monotonic()
         self._spec = spec
         self._commands = commands

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from queue import Empty, SimpleQueue
+from queue import Empty, Queue
 from typing import Any, Final, NamedTuple
 
 from protocol.logs import event, exception_event
@@ -24,6 +24,8 @@ _MAX_UNREAD_BYTES: Final = 128 * 1024 * 1024
 #: After an error of the disk nothing is written for so long.
 _REST_S: Final = 60.0
 _MAX_TOUCHES: Final = 4096
+#: After an error of the engine a write that is under way is waited for so long.
+_DISOWN_S: Final = 1.0
 
 
 class Loaded(NamedTuple):
@@ -73,7 +75,8 @@ class PrefixDisk:
         self._ours: set[bytes] = set()
         self._waiting: dict[bytes, _Waiting] = {}
         self._tickets = 0
-        self._results: SimpleQueue[Loaded | _Saved | set[bytes]] = SimpleQueue()
+        # No SimpleQueue: in CPython 3.11 a signal during its wait with a timeout can make that wait endless.
+        self._results: Queue[Loaded | _Saved | set[bytes]] = Queue()
         self._condition = threading.Condition()
         self._loads: deque[_Load] = deque()
         #: Tickets somebody still waits for.
@@ -81,6 +84,8 @@ class PrefixDisk:
         self._unread = 0
         self._others: deque[_Save | list[tuple[bytes, int]]] = deque()
         self._closing = False
+        #: What is written from now on is worth nothing.
+        self._disowned = False
         self._rest_until = 0.0
         self._thread = threading.Thread(target=self._run, name="prefix-disk", daemon=True)
         self._thread.start()
@@ -166,9 +171,10 @@ class PrefixDisk:
     def disown(self) -> None:
         """Remove everything that this process wrote: after an error of the engine nobody knows what it is worth."""
         with self._condition:
+            self._disowned = True
             self._loads.clear()
             self._others.clear()
-        self.close(1.0)
+        self.close(_DISOWN_S)
         while self.poll() is not None:
             pass
         for name in self._ours | self._waiting.keys():
@@ -208,9 +214,10 @@ class PrefixDisk:
             item.payload.clear()
             self._results.put(_Saved(item.name, written))
         else:
+            now_ns = time.time_ns()  # of all: a thread that is held up between two would turn their order around
             for name, depth in item:
                 with contextlib.suppress(OSError):
-                    self._shelf.touch(name, depth)
+                    self._shelf.touch(name, depth, now_ns)
 
     def _load(self, load: _Load) -> None:
         for number, name in enumerate(load.names, 1):
@@ -251,6 +258,9 @@ class PrefixDisk:
             if not self._shelf.has_room(save.nbytes):
                 return False
             written = write_block(self._shelf.folder, self._binding, save.name, save.payload)
+            if self._disowned:  # meanwhile, and nobody may have waited for the end of this one
+                self._shelf.remove(save.name)
+                return False
             self._shelf.wrote(save.name, save.depth, written)
         except OSError as error:
             self._rest_until = time.monotonic() + _REST_S

@@ -70,11 +70,11 @@ class Shelf:
         self._bytes += nbytes
         self._written += nbytes
         self._files += 1
-        self.touch(name, depth)
+        self.touch(name, depth, time.time_ns())
 
-    def touch(self, name: bytes, depth: int) -> None:
-        """Note that a block is used; raise `OSError`."""
-        at = time.time_ns() - depth * _DEPTH_NS
+    def touch(self, name: bytes, depth: int, now_ns: int) -> None:
+        """Note that a block was used, at one Unix time for all of a sequence; raise `OSError`."""
+        at = now_ns - depth * _DEPTH_NS
         os.utime(path_of(self.folder, name), ns=(at, at))
 
     def remove(self, name: bytes) -> None:

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Queue
 from time import monotonic
 from typing import Final, NoReturn
 
@@ -51,7 +51,8 @@ def run(spec: WorkerSpec, load: Load, io_class: type[IoThread]) -> NoReturn:
     """Say hello, load, serve, exit."""
     event("worker_starting", model=spec.model, incarnation=spec.incarnation, path=spec.path)
     status = Status()
-    commands: SimpleQueue[Command] = SimpleQueue()
+    # No SimpleQueue: in CPython 3.11 a signal during its wait with a timeout can make that wait endless.
+    commands: Queue[Command] = Queue()
     io = io_class(spec, status, commands)
     _arrange_process(io.wake_fd)
     _log_blas(spec.preloaded)
@@ -76,7 +77,7 @@ def leave(code: int) -> NoReturn:
 
 
 def _serve(
-    spec: WorkerSpec, load: Load, io: IoThread, status: Status, commands: "SimpleQueue[Command]"
+    spec: WorkerSpec, load: Load, io: IoThread, status: Status, commands: "Queue[Command]"
 ) -> tuple[WorkerExit, str]:
     """Return the exit code and the last words. Whatever is raised here ends the process."""
     doing = "loading"

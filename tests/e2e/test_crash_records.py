@@ -1,5 +1,6 @@
 """Every crash leaves a record that an operator can read, also when no supervisor runs, and never a prompt."""
 
+import contextlib
 import json
 import signal
 from collections.abc import Callable
@@ -64,8 +65,11 @@ def test_a_metal_error_is_told_by_its_class_everywhere(lmx: Lmx, tiny_model: Pat
     assert model["last_exit"]["class"].startswith(("gpu", "metal"))
     exited = lmx.wait_event("process_exited")
     assert exited["exit_class"] == model["last_exit"]["class"]
-    for file in (lmx.home / "crashes").rglob("*"):
-        assert file.is_dir() or "Walrus" not in file.read_text()
+    folder = lmx.home / "crashes" / exited["crash"]
+    assert {"record.json", "stderr.txt"} <= {file.name for file in folder.iterdir()}
+    for file in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the record is replaced when the gateway has named its requests
+            assert "Walrus" not in file.read_text()
     assert "Walrus" not in (lmx.home / "state" / "events.jsonl").read_text()
 
 
@@ -79,7 +83,7 @@ def test_a_hang_is_recorded_with_the_stacks(lmx: Lmx, tiny_model: Path) -> None:
     exited = lmx.wait_event("process_exited")
     assert exited["exit_class"] == "hang"
     folder = lmx.home / "crashes" / exited["crash"]
-    for _ in deadline(10):  # the record follows the journal's line
+    for _ in deadline(30):  # the record follows the journal's line
         if folder.is_dir():
             break
     assert any("step" in file.read_text() for file in folder.iterdir() if "stack" in file.name), list(folder.iterdir())

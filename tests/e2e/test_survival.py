@@ -18,6 +18,11 @@ from tests.harness import Lmx, Stream, chat, deadline, read_stream
 
 STREAMS = 8
 LONG = 6000
+#: An end is told by a signal of the system at once, some 50 ms on an idle machine (the figure is measured by bench).
+#: Without it, it would be found out by a deadline: `lifecycle.heartbeat_hung_s` is 15 s.
+TOLD_S = 8.0
+#: Nobody who is late is ended instead of adopted; who waits for all goes on as soon as they are there.
+PATIENT = {"LMX_LIFECYCLE__ADOPT_S": "30"}
 
 
 @pytest.fixture
@@ -50,6 +55,10 @@ async def watch_health(http: httpx.AsyncClient, stop: asyncio.Event, failures: l
 def open_things(pid: int) -> tuple[int, int]:
     process = psutil.Process(pid)
     return process.num_fds(), process.num_threads()
+
+
+def requests_of(model: dict[str, Any]) -> int:
+    return (model["running"] or 0) + (model["waiting"] or 0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGABRT, signal.SIGSEGV, signal.SIGKILL])
@@ -94,6 +103,8 @@ async def test_a_signal_in_one_model_leaves_the_other_and_the_api_alone(
         stop, failures, polls = asyncio.Event(), [], []
         poller = asyncio.create_task(watch_health(health, stop, failures, polls))
         await asyncio.wait_for(all_running.wait(), 60)
+        # What follows waits in threads: a loop that stands still lets the requests of the poller run into their time.
+        await asyncio.to_thread(lmx.wait_status, lambda doc: requests_of(doc["models"][0]) == STREAMS + 3)
 
         killed_at = time.time()
         psutil.Process(victim["pid"]).send_signal(number)
@@ -115,12 +126,12 @@ async def test_a_signal_in_one_model_leaves_the_other_and_the_api_alone(
         for stream in finished:
             assert (stream.error, stream.done, stream.finish) == (None, True, "length")
             assert stream.text == reference
-        assert told_after < 2.0
+        assert told_after < TOLD_S
 
-        exited = lmx.wait_event("process_exited", model="alpha")
-        assert exited["ts"] - killed_at < 0.5  # 50 ms on an idle machine; the figure is measured by bench
+        exited = await asyncio.to_thread(lmx.wait_event, "process_exited", model="alpha")
+        assert exited["ts"] - killed_at < TOLD_S
         assert exited["signal"] == number.name
-        new_pid = lmx.wait_model("alpha", other_than=victim["incarnation"])
+        new_pid = await asyncio.to_thread(lmx.wait_model, "alpha", other_than=victim["incarnation"])
         assert new_pid != victim["pid"]
         again = await read_stream(http, chat("alpha", max_tokens=5, stream=True))
         assert again.done
@@ -138,7 +149,7 @@ async def test_a_signal_in_one_model_leaves_the_other_and_the_api_alone(
     # Nothing of the dead incarnation is left: no process, socket file, spec file or descriptor.
     names = [entry.name for entry in (lmx.home / "run").iterdir() if f".{victim['incarnation']}." in entry.name]
     assert names == []
-    for _ in deadline(10):
+    for _ in deadline(30):
         now = {pid: open_things(pid) for pid in (gateway_pid, supervisor_pid)}
         if all(now[pid][0] <= before[pid][0] and now[pid][1] <= before[pid][1] for pid in now):
             break
@@ -154,7 +165,7 @@ async def test_with_continuation_the_streams_of_the_model_itself_do_not_notice(
     two_models: Lmx, number: signal.Signals
 ) -> None:
     lmx = two_models
-    pid = lmx.model("alpha")["pid"]
+    victim = lmx.model("alpha")
     async with client(lmx) as http, client(lmx) as health:
         # The other model has the same weights: its text is what the first one's has to be.
         bodies = {model: chat(model, max_tokens=300, stream=True) for model in ("alpha", "beta")}
@@ -162,7 +173,7 @@ async def test_with_continuation_the_streams_of_the_model_itself_do_not_notice(
         all_begun = asyncio.Event()
 
         def note(stream: Stream) -> None:
-            if len(stream.chunks) > 20:
+            if len(stream.text) > 20:  # not chunks: a reader that was held up gets many tokens in one
                 begun.add(id(stream))
             if len(begun) == STREAMS:
                 all_begun.set()
@@ -172,7 +183,7 @@ async def test_with_continuation_the_streams_of_the_model_itself_do_not_notice(
         stop, failures, polls = asyncio.Event(), [], []
         poller = asyncio.create_task(watch_health(health, stop, failures, polls))
         await asyncio.wait_for(all_begun.wait(), 60)
-        os.kill(pid, number)
+        os.kill(victim["pid"], number)
         ended = await asyncio.wait_for(asyncio.gather(*streams), 60)
         answer = (await asyncio.wait_for(whole, 60)).json()
         reference = await read_stream(http, bodies["beta"])
@@ -184,6 +195,7 @@ async def test_with_continuation_the_streams_of_the_model_itself_do_not_notice(
         assert stream.text == reference.text
     assert answer["choices"][0]["message"]["content"] == reference.text
     assert answer["usage"]["completion_tokens"] == 300
+    lmx.wait_model("alpha", other_than=victim["incarnation"])
     assert lmx.model("alpha")["restarts"] == 1
 
 
@@ -195,6 +207,9 @@ async def test_a_request_while_the_model_restarts_gets_a_503_with_a_code(
     psutil.Process(lmx.model("alpha")["pid"]).kill()
     lmx.wait_model("alpha", "backoff")
     async with client(lmx) as http:
+        for _ in deadline(30):  # until the gateway has heard of it, too
+            if (await http.get("/v1/models/alpha")).json()["state"] == "backoff":
+                break
         response = await http.post("/v1/chat/completions", json=chat("alpha", max_tokens=5, stream=True))
     assert (response.status_code, response.json()["error"]["code"]) == (503, "model_restarting")
     assert 1 <= int(response.headers["retry-after"]) <= 120
@@ -212,7 +227,7 @@ async def test_killing_the_supervisor_fails_no_request_and_the_next_one_adopts_e
         assert (await http.get("/healthz")).status_code == 200
         orphaned = await read_stream(http, chat("beta", max_tokens=5, stream=True))
         assert orphaned.done
-        lmx.start()
+        lmx.start(**PATIENT)
         after = lmx.wait_status(
             lambda doc: all(m["state"] == "ready" for m in doc["models"]) and len(doc["models"]) == 2
         )
@@ -239,9 +254,7 @@ async def test_supervisor_gateway_and_workers_killed_together_come_back_live(two
     lmx = two_models
     before = lmx.status()
     assert before is not None
-    lmx.kill_supervisor()
-    for process in lmx.processes():
-        process.kill()
+    lmx.kill_everything()
     lmx.start()
     after = lmx.wait_status(lambda doc: len(doc["models"]) == 2 and all(m["state"] == "ready" for m in doc["models"]))
     assert {m["pid"] for m in after["models"]}.isdisjoint({m["pid"] for m in before["models"]})
@@ -268,14 +281,12 @@ async def test_a_dead_gateway_means_waiting_connections_and_no_reload(two_models
     before = lmx.status()
     assert before is not None
     address = httpx.URL(lmx.url)
-    killed_at = time.monotonic()
     psutil.Process(before["gateway"]["pid"]).kill()
     # Right away, while nobody accepts: the kernel takes the connection, the next gateway answers it.
     with socket.create_connection((str(address.host), int(address.port or 0)), timeout=10) as raw:
         raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        raw.settimeout(20)
+        raw.settimeout(30)
         assert raw.recv(64).startswith(b"HTTP/1.1 200")
-    assert time.monotonic() - killed_at < 10
     after = lmx.wait_status(lambda doc: doc["gateway"]["state"] == "ready")
     assert after["gateway"]["restarts"] == 1
     assert [m["pid"] for m in after["models"]] == [m["pid"] for m in before["models"]]
@@ -315,26 +326,34 @@ async def test_restart_worker_replaces_one_process_and_cuts_no_stream(two_models
 
 
 async def test_sixteen_streams_of_one_model_run_together(two_models: Lmx) -> None:
-    """Batched, not one after the other: all have begun before any has ended."""
-    order: list[tuple[str, int]] = []
+    """Batched, not one after the other: all have begun before any has ended.
 
-    async def one(http: httpx.AsyncClient, number: int) -> Stream:
-        seen: list[Any] = []
+    The answers are far longer than whoever reads them could be held up, and are given up once that has been seen.
+    """
+    begun: set[int] = set()
+    all_begun = asyncio.Event()
 
+    async def one(http: httpx.AsyncClient, number: int) -> None:
         def note(stream: Stream) -> None:
-            if not seen and stream.text:
-                seen.append(1)
-                order.append(("begin", number))
+            if stream.text:
+                begun.add(number)
+            if len(begun) == 16:
+                all_begun.set()
 
-        result = await read_stream(http, chat("alpha", max_tokens=120, stream=True, text=f"Number {number}"), note)
-        order.append(("end", number))
-        return result
+        await read_stream(http, chat("alpha", max_tokens=LONG, stream=True, text=f"Number {number}"), note)
 
     async with client(two_models) as http:
-        results = await asyncio.gather(*(one(http, number) for number in range(16)))
-    assert all(result.done and result.finish == "length" for result in results)
-    first_end = next(i for i, (what, _) in enumerate(order) if what == "end")
-    assert sum(what == "begin" for what, _ in order[:first_end]) == 16
+        streams = [asyncio.create_task(one(http, number)) for number in range(16)]
+        seen = asyncio.create_task(all_begun.wait())
+        await asyncio.wait([seen, *streams], timeout=60, return_when=asyncio.FIRST_COMPLETED)
+        assert all_begun.is_set(), f"{len(begun)} had begun when one ended"
+        assert not any(stream.done() for stream in streams)
+        for stream in streams:
+            stream.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
+        # Whoever comes now has a slot at once, and its whole answer.
+        last = await read_stream(http, chat("alpha", max_tokens=120, stream=True))
+    assert (last.done, last.finish) == (True, "length")
 
 
 def test_ctrl_c_ends_everything_with_exit_code_0(two_models: Lmx) -> None:

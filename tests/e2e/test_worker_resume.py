@@ -1,7 +1,7 @@
 """A worker goes on with an answer that another one began (real MLX), and looks after itself while nobody asks."""
 
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Queue
 from typing import Any
 
 import pytest
@@ -129,7 +129,7 @@ def test_another_token_than_at_first_is_a_mismatch() -> None:
 def test_a_busy_engine_has_no_canary() -> None:
     """It steps for far longer than the interval; the canary comes only once it is idle."""
     order: list[str] = []
-    commands: SimpleQueue[Command] = SimpleQueue()
+    commands: Queue[Command] = Queue()
 
     class Busy:
         prefilling = False

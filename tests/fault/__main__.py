@@ -6,7 +6,7 @@ import resource
 import signal
 import sys
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Queue
 
 from tests.fault.plan import FaultPlan, commit, marker, read_plan
 
@@ -69,7 +69,7 @@ class FaultyIo(IoThread):
 
     plan = FaultPlan()
 
-    def __init__(self, spec: WorkerSpec, status: Status, commands: "SimpleQueue[Command]") -> None:
+    def __init__(self, spec: WorkerSpec, status: Status, commands: "Queue[Command]") -> None:
         super().__init__(spec, status, commands)
         self._inbound = FaultyInbound(self._link, spec.incarnation)
         self._inbound.plan = self.plan

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
-from queue import SimpleQueue
+from queue import Queue
 from time import monotonic
 from typing import Any, cast
 from unittest.mock import Mock
@@ -79,7 +79,7 @@ class Recording:
     prefilling = False
     scores: Scores = NO_SCORES
 
-    def __init__(self, commands: "SimpleQueue[Command]") -> None:
+    def __init__(self, commands: "Queue[Command]") -> None:
         self.groups: list[list[int]] = []
         self.removed: list[int] = []
         self._new: list[int] = []
@@ -102,7 +102,7 @@ class Recording:
 
 
 def _run(*given: Command) -> Recording:
-    commands: SimpleQueue[Command] = SimpleQueue()
+    commands: Queue[Command] = Queue()
     for command in given:
         commands.put(command)
     backend = Recording(commands)

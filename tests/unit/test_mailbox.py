@@ -63,7 +63,7 @@ def test_who_wakes_the_reader_lets_it_begin_and_does_not_wait_for_one_that_is_bu
     mail, _ = box()
     before = monotonic()
     mail.put(Warming())
-    assert monotonic() - before < 1, "nobody reads"
+    assert monotonic() - before < 10, "nobody reads"
     taken(mail)
     monkeypatch.setattr(mailbox, "_YIELD_S", 60.0)
     begun = []

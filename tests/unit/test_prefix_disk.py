@@ -2,8 +2,10 @@
 
 import os
 import resource
+import signal
 import stat
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -162,7 +164,11 @@ def test_the_bytes_of_all_models_stay_below_the_limit_and_the_least_recently_use
     assert [one.payload for one in load(neighbour, 1)] == [None]
 
 
-def test_of_one_sequence_the_end_goes_first(open_disk: Callable[..., PrefixDisk], tmp_path: Path) -> None:
+def test_of_one_sequence_the_end_goes_first_however_slow_the_disk_is(
+    open_disk: Callable[..., PrefixDisk], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    utime = os.utime
+    monkeypatch.setattr(os, "utime", lambda *args, **more: (time.sleep(0.005), utime(*args, **more)))
     disk = open_disk(11 * len(PAYLOAD))
     save(disk, *range(8))
     disk.touch([(name(number), number) for number in range(8)])
@@ -228,6 +234,27 @@ def test_what_a_failed_engine_wrote_is_removed_and_what_was_there_before_stays(
     save(disk, 2, 3)
     disk.disown()
     assert [file.stem for file in files(tmp_path)] == [name(1).hex()]
+
+
+def test_what_was_being_written_when_the_engine_failed_does_not_stay_either(
+    open_disk: Callable[..., PrefixDisk], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    begun, over = threading.Event(), threading.Event()
+
+    def held_up(folder: Path, binding: bytes, name: bytes, payload: list[memoryview]) -> int:
+        begun.set()
+        over.wait(60)
+        return write_block(folder, binding, name, payload)
+
+    monkeypatch.setattr(prefix_disk, "write_block", held_up)
+    monkeypatch.setattr(prefix_disk, "_DISOWN_S", 0.0)
+    disk = open_disk()
+    assert disk.save(name(1), 0, [memoryview(PAYLOAD)], None, len(PAYLOAD))
+    begun.wait(60)
+    disk.disown()
+    over.set()
+    disk._thread.join(60)
+    assert files(tmp_path) == []
 
 
 def test_no_more_waits_to_be_written_than_so_many_bytes(
@@ -339,6 +366,36 @@ def test_a_disk_whose_thread_ended_is_not_asked(
     disk._thread.join(20)
     assert disk.load([name(1)]) == 0
     assert not disk.save(name(2), 0, [memoryview(PAYLOAD)], None, len(PAYLOAD))
+
+
+def test_a_signal_while_the_disk_is_waited_for_does_not_make_the_wait_endless(
+    open_disk: Callable[..., PrefixDisk],
+) -> None:
+    disk = open_disk()
+    wait_until(lambda: disk.poll() is None)
+    disk.touch([])
+    over, main = threading.Event(), threading.get_ident()
+
+    def disturb() -> None:
+        while not over.wait(0.003):
+            signal.pthread_kill(main, signal.SIGUSR2)
+
+    def rescue() -> None:
+        if not over.wait(30):
+            disk._results.put(Loaded(0, b"", None, last=True))
+
+    before = signal.signal(signal.SIGUSR2, lambda *_: None)
+    threads = [threading.Thread(target=target) for target in (disturb, rescue)]
+    try:
+        for thread in threads:
+            thread.start()
+        found = [disk.poll(0.004) for _ in range(250)]
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+        signal.signal(signal.SIGUSR2, before)
+    assert found == [None] * 250, "somebody had to end it"
 
 
 def test_the_main_thread_is_the_last_to_hold_what_was_written(open_disk: Callable[..., PrefixDisk]) -> None:

@@ -50,8 +50,9 @@ def tiny(tiny_model: Path) -> Model:
 
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine may take longer to read a small file than a request should wait."""
+    """A busy machine may take longer to read or write small files than a request or an end should wait."""
     monkeypatch.setattr(module, "_DISK_WAIT_S", 60.0)
+    monkeypatch.setattr(module, "_CLOSE_S", 60.0)
 
 
 @pytest.fixture

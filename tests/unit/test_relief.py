@@ -1,6 +1,6 @@
 """What a worker does about memory: the limits it gives MLX, buffers given back, admission paused."""
 
-from queue import SimpleQueue
+from queue import Queue
 from typing import Any
 
 import msgspec
@@ -55,7 +55,7 @@ def test_the_engine_gives_buffers_back_between_steps_and_goes_on() -> None:
         def __len__(self) -> int:
             return 0
 
-    commands: SimpleQueue[Command] = SimpleQueue()
+    commands: Queue[Command] = Queue()
     asked: list[Relieve] = []
     backend: Any = Idle()
     engine = Engine(backend, commands, lambda _: None, Status(), relieve=asked.append)

@@ -214,9 +214,12 @@ def test_safe_mode_and_the_breaker_are_said_in_capitals_with_the_way_out() -> No
     assert "HOST BREAKER open 31 s" in text
 
 
-def test_a_gateway_that_is_not_there_not_listening_or_restarted_is_shown_as_such() -> None:
+def test_a_gateway_that_is_not_there_not_listening_or_restarted_is_shown_as_such(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert "gateway" not in status_text(document(gateway=None))
-    record = {"class": "native_crash", "signal": "SIGSEGV", "code": None, "reason": "", "at": time.time() - 61}
+    monkeypatch.setattr(time, "time", lambda: 1061.5)
+    record = {"class": "native_crash", "signal": "SIGSEGV", "code": None, "reason": "", "at": 1000.0}
     gateway = {"pid": None, "state": "backoff", "url": "", "restarts": 3, "last_exit": record}
     line = status_text(document(gateway=gateway)).splitlines()[1]
     assert line == "gateway     backoff, not listening, restarts 3, last native_crash SIGSEGV, 1 min 1 s ago"

@@ -1,7 +1,7 @@
 """What becomes of what a worker keeps for the next one, by how it ends."""
 
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Queue
 from typing import Any
 
 import pytest
@@ -47,7 +47,7 @@ class Io:
 
 def serve(tmp_path: Path, command: Command, error: Exception, said: list[str]) -> tuple[WorkerExit, str]:
     spec = WorkerSpec("w", "m", 1, str(tmp_path), "", "", "", "INFO", ModelsConfig(), LifecycleConfig())
-    commands: SimpleQueue[Command] = SimpleQueue()
+    commands: Queue[Command] = Queue()
     commands.put(command)
     loaded = Loaded(
         backend=Backend(error),
