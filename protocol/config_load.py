@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
-from protocol.config import Config
+from protocol.config import Config, LifecycleConfig
 
 _MAX_FILE_BYTES: Final = 1024 * 1024
 _PREFIX: Final = "LMX_"
@@ -41,7 +41,20 @@ def load_config(file: Path, *, required: bool = False, environ: Mapping[str, str
         _check_known(section, key, variable)
         tables.setdefault(section, {})[key] = _parse_value(value, getattr(getattr(Config(), section), key), variable)
         config = _decode(tables, _named(f"environment variable {variable}"))
+    _check_silences(config.lifecycle)
     return config
+
+
+def _check_silences(lifecycle: LifecycleConfig) -> None:
+    """Refuse deadlines that every healthy process would miss, again and again."""
+    for key in ("heartbeat_hung_s", "gateway_hung_s", "lease_s"):
+        longest = getattr(lifecycle, key)
+        if lifecycle.heartbeat_s >= longest:
+            msg = (
+                f"lifecycle.heartbeat_s ({lifecycle.heartbeat_s:g}) has to be less than lifecycle.{key} ({longest:g}): "
+                "who is heard only so often would be ended for being silent"
+            )
+            raise BadConfigError(msg)
 
 
 def _named(place: str) -> Callable[[str], str]:

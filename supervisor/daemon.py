@@ -295,15 +295,15 @@ class Daemon:
 
     def _refresh_catalog(self) -> bool:
         """Look at all models again; return whether a client would see a difference."""
-        now = time.monotonic()
-        models = [views.catalog_model(managed, now) for managed in self._host.models()]
+        now, ending = time.monotonic(), self._host.ending
+        models = [views.catalog_model(managed, now, ending=ending) for managed in self._host.models()]
         loaded = {model.id for model in models}
         models += [
             views.loadable_model(
                 model,
                 folder,
                 on_demand=self._on_demand.allows(model),
-                refusal=self._on_demand.refusal(model, now),
+                refusal=views.ENDING if ending else self._on_demand.refusal(model, now),
             )
             for model, folder in views.loadable_folders(self._home.models).items()
             if model not in loaded

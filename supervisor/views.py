@@ -16,10 +16,14 @@ STATUS_SCHEMA: Final = "lmx.status/1"
 _MAX_LISTED: Final = 1000
 
 
-def catalog_model(managed: Managed, now: float) -> control.CatalogModel:
-    """Return one model as the gateway should see it at monotonic time `now`."""
+#: Why nobody should wait for a model that has no process while all are being ended: the error's code, and words.
+ENDING: Final = ("shutting_down", "the server is stopping")
+
+
+def catalog_model(managed: Managed, now: float, *, ending: bool = False) -> control.CatalogModel:
+    """Return one model as the gateway should see it at monotonic time `now`. `ending`: nothing is started any more."""
     slot = managed.slot
-    code, reason, retry = _why_not(managed, now)
+    code, reason, retry = (*ENDING, None) if ending and not slot.alive else _why_not(managed, now)
     return control.CatalogModel(
         id=managed.model,
         state=slot.state,

@@ -135,8 +135,8 @@ MUTATIONS = (
     Mutation(
         "a gateway that is told to end does not wait for its requests",
         "gateway/service.py",
-        "        if not await self._traffic.idle(grace_s):\n",
-        "        if True:\n",
+        "        self._watch_drain(self._traffic.idle(grace_s), code)\n",
+        "        self._watch_drain(self._traffic.idle(0.0), code)\n",
         "test_rows_supervisor.py::test_row_52_sigterm[False]",
     ),
     Mutation(
@@ -155,9 +155,9 @@ MUTATIONS = (
     ),
     Mutation(
         "time that the machine slept counts against leases",
-        "worker/io_thread.py",
-        "        if monotonic() - due > self._spec.lifecycle.slept_s:\n",
-        "        if False:\n",
+        "protocol/standstill.py",
+        "        return late if late > self._slept_s else 0.0\n",
+        "        return 0.0\n",
         "test_rows_supervisor.py::test_row_59_sleep_and_wake",
     ),
     Mutation(
@@ -240,7 +240,7 @@ MUTATIONS = (
     Mutation(
         "a worker's queue has no end",
         "worker/slots.py",
-        "        if len(self._line) + coming < self._limits.queue_depth + free:\n",
+        "        if len(self._line) + coming < self._limits.queue_depth + self.free:\n",
         "        if True:\n",
         "test_rows_clients.py::test_row_79_burst",
     ),

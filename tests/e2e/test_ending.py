@@ -38,6 +38,27 @@ def wait_logged(lmx: Lmx, event: str) -> None:
     raise AssertionError((event, lmx.tail()))
 
 
+async def test_a_stop_does_not_wait_for_a_model_that_nobody_will_start_again(lmx: Lmx, tiny_model: Path) -> None:
+    lmx.environ |= {
+        "LMX_LIFECYCLE__DRAIN_S": "100",
+        "LMX_LIFECYCLE__RESTART_DELAYS_S": "[200.0]",
+        "LMX_GATEWAY__HOLD_WHILE_RESTARTING_S": "200",
+    }
+    lmx.start()
+    lmx.load(tiny_model, "one")
+    psutil.Process(lmx.wait_model("one")).kill()
+    lmx.wait_model("one", "backoff")
+    async with httpx.AsyncClient(base_url=lmx.url, timeout=90) as http:
+        held = asyncio.create_task(http.post("/v1/chat/completions", json=chat("one", max_tokens=5, stream=False)))
+        async with asyncio.timeout(30):
+            while 'waiting{model_name="one"} 1.0' not in (await http.get("/metrics")).text:  # noqa: ASYNC110 - no event
+                await asyncio.sleep(0.02)
+        assert await asyncio.to_thread(lmx.stop) == 0  # within 60 s
+        answer = await held
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shutting_down")
+    assert 1 <= int(answer.headers["retry-after"]) <= 120
+
+
 async def test_a_stop_waits_for_the_requests_of_a_gateway_that_was_replaced(lmx: Lmx, tiny_model: Path) -> None:
     lmx.environ["LMX_LIFECYCLE__DRAIN_S"] = "30"
     lmx.start()

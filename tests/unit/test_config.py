@@ -189,6 +189,14 @@ def test_whole_numbers_serve_as_durations_and_fractions_do_not_serve_as_counts(f
 # -- the environment ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("key", ["heartbeat_hung_s", "gateway_hung_s", "lease_s"])
+def test_a_silence_shorter_than_the_time_between_heartbeats_is_refused(file: Path, key: str) -> None:
+    file.write_text(f"[lifecycle]\nheartbeat_s = 2\n{key} = 2.5\n")
+    assert load_config(file, environ={}).lifecycle.heartbeat_s == 2
+    with pytest.raises(BadConfigError, match=rf"heartbeat_s \(3\) has to be less than lifecycle\.{key} \(2\.5\)"):
+        load_config(file, environ={"LMX_LIFECYCLE__HEARTBEAT_S": "3"})
+
+
 def test_a_variable_beats_the_file(file: Path) -> None:
     assert load(file, "[gateway]\nport = 1\nhost = 'h'\n", LMX_GATEWAY__PORT="18234").gateway.port == 18234
     assert load(file, LMX_GATEWAY__HOST="::").gateway == msgspec.structs.replace(Config().gateway, host="::", port=1)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos.mutate import MUTATIONS, Mutation
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("protocol", "gateway", "worker", "supervisor")
 #: Of the extras, imported only where they are asked for.
@@ -189,3 +191,10 @@ def test_the_locks_serve_macs_and_linux() -> None:
     assert re.search(r"^mlx-metal==\S+ ; sys_platform == 'darwin'", lock, re.MULTILINE)
     for name in ("mlx-cpu", "cmeel-openblas", "cmeel"):
         assert re.search(rf"^{name}==\S+ ; sys_platform == 'linux'", lock, re.MULTILINE)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)
+def test_each_mutation_of_the_failure_matrix_still_finds_its_place(mutation: Mutation) -> None:
+    assert (REPOSITORY / mutation.file).read_text().count(mutation.old) == 1
+    file, test = mutation.test.split("::")
+    assert f"def {test.partition('[')[0]}(" in (REPOSITORY / "tests" / "chaos" / file).read_text()
