@@ -98,11 +98,14 @@ def _each(value: Callable[[ModelNumbers], float]) -> Callable[[Scene], Iterator[
 def _by(
     counts: Callable[[ModelNumbers], Mapping[str, int]], always: Iterable[str]
 ) -> Callable[[Scene], Iterator[Sample]]:
-    """Ends of requests by their kind; of these kinds zeros too, so that a rate can be taken from the first on."""
+    """Ends of requests by their kind. Of these kinds zeros too, so that a rate can be taken from the first on, for
+    models that were asked or are more than a folder.
+    """
     zeros = dict.fromkeys(always, 0)
 
     def samples(scene: Scene) -> Iterator[Sample]:
-        for model in dict.fromkeys((*scene.numbers.models, *(model.id for model in scene.catalog))):
+        there = (model.id for model in scene.catalog if model.state is not ModelState.STOPPED)
+        for model in dict.fromkeys((*scene.numbers.models, *there)):
             numbers = scene.numbers.models.get(model)
             for kind, value in (zeros | (dict(counts(numbers)) if numbers is not None else {})).items():
                 yield (model, kind), value
