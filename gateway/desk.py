@@ -113,7 +113,7 @@ class Desk:
     def on_end(self, request: Request) -> None:
         """It has ended."""
         if request.state is RequestState.FINISHED and self._quarantine:
-            self._quarantine.acquit(request.digest)
+            self._quarantine.acquit(request.digest, self._loop.time())
         self._drop(request)
 
     def on_mark(self, request: Request) -> None:

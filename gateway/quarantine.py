@@ -59,13 +59,13 @@ class Quarantine:
             record.refused_until = now + self._for_s
         return now < record.refused_until
 
-    def acquit(self, digest: bytes) -> None:
+    def acquit(self, digest: bytes, now: float) -> None:
         """A request of this digest came to its normal end: the crashes it was in were not of its making.
 
         One that is refused stays so: that it ran to its end once more beside the last crash proves little.
         """
         record = self._records.get(digest)
-        if record is not None and not record.refused_until:
+        if record is not None and now >= record.refused_until:
             del self._records[digest]
 
     def refuses(self, digest: bytes, now: float) -> bool:

@@ -14,7 +14,10 @@ from tests.harness import Lmx
 from tests.modelkit import builtin_model, default_model, make_tiny_model
 
 # A machine that takes its cores away for a moment makes any example slow; the time of a test has a bound of its own.
-hypothesis.settings.register_profile("lmx", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+# The suite has the same examples each time, so that it is red for a change and not by chance. `explore` looks for more.
+_SLOW = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile("lmx", deadline=None, suppress_health_check=_SLOW, derandomize=True)
+hypothesis.settings.register_profile("explore", deadline=None, suppress_health_check=_SLOW, max_examples=1000)
 hypothesis.settings.load_profile("lmx")
 
 

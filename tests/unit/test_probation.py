@@ -106,7 +106,7 @@ class World:
                 self.finished.add(rid)
                 self.running.discard(rid)
                 self.probation.forget(rid)
-                self.quarantine.acquit(bytes([rid]))
+                self.quarantine.acquit(bytes([rid]), float(self.crashes))
 
     def crash(self) -> None:
         """The gateway may have fewer tokens than were generated."""

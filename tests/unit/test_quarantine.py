@@ -52,11 +52,11 @@ def test_two_crashes_far_apart_are_no_reason() -> None:
 def test_one_that_comes_to_its_end_is_acquitted_unless_it_is_refused_already() -> None:
     quarantine = Quarantine(2, 600)
     quarantine.name(A, 0)
-    quarantine.acquit(A)
+    quarantine.acquit(A, 0.5)
     assert not quarantine.name(A, 1)
     assert quarantine.name(A, 2)
-    quarantine.acquit(A)
-    quarantine.acquit(B)
+    quarantine.acquit(A, 2.5)
+    quarantine.acquit(B, 2.5)
     assert quarantine.refuses(A, 3)
 
 
@@ -65,7 +65,17 @@ def test_after_its_time_it_starts_from_nothing() -> None:
     quarantine.name(A, 0)
     quarantine.name(A, 1)
     assert not quarantine.name(A, 700)
-    quarantine.acquit(A)
+    quarantine.acquit(A, 700)
+    assert not quarantine
+
+
+def test_one_that_was_refused_can_be_acquitted_of_what_came_later() -> None:
+    quarantine = Quarantine(3, 100)
+    assert [quarantine.name(A, at) for at in (0, 0, 1)] == [False, False, True]
+    assert quarantine.name(A, 100)  # it still ran; only once within the time, so the refusal gets no longer
+    quarantine.acquit(A, 100.5)
+    assert quarantine.refuses(A, 100.5)
+    quarantine.acquit(A, 101)
     assert not quarantine
 
 
@@ -86,11 +96,9 @@ def test_refused_is_exactly_who_was_named_so_often_within_the_time(steps: list[t
     until = {A: 0.0, B: 0.0}
     for digest, pause, what in steps:
         now += pause
-        if now >= until[digest] > 0:
-            named[digest], until[digest] = [], 0.0
         if what == "acquit":
-            quarantine.acquit(digest)
-            named[digest] = named[digest] if until[digest] else []
+            quarantine.acquit(digest, now)
+            named[digest] = named[digest] if now < until[digest] else []
         else:
             named[digest] = [at for at in named[digest] if now - at < 100] + [now]
             if len(named[digest]) >= 3:
