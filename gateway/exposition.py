@@ -4,7 +4,7 @@ prometheus-client makes the text of it; it is imported when the first scrape com
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -107,13 +107,13 @@ def _by(
         there = (model.id for model in scene.catalog if model.state is not ModelState.STOPPED)
         for model in dict.fromkeys((*scene.numbers.models, *there)):
             numbers = scene.numbers.models.get(model)
-            for kind, value in (zeros | (dict(counts(numbers)) if numbers is not None else {})).items():
+            for kind, value in {**zeros, **(counts(numbers) if numbers is not None else {})}.items():
                 yield (model, kind), value
 
     return samples
 
 
-def _errors(codes: Iterable[str]) -> Callable[[Scene], Iterator[Sample]]:
+def _errors(codes: Collection[str]) -> Callable[[Scene], Iterator[Sample]]:
     """Those of these codes, zeros too, so that a rate can be taken from the first on."""
     return lambda scene: (((code,), scene.numbers.errors[code]) for code in codes)
 
@@ -210,7 +210,7 @@ ROWS: Final = (
         "lmx_http_responses", "counter", "Answers by route and status", ("route", "status"),
         lambda scene: (((route, str(status)), n) for (route, status), n in tuple(scene.numbers.answers.items())),
     ),
-    Row("lmx_errors", "counter", "Errors by their code", ("code",), _errors(tuple(ERRORS))),
+    Row("lmx_errors", "counter", "Errors by their code", ("code",), _errors(ERRORS)),
     Row("lmx_auth_failures", "counter", "Requests refused for their key", ("code",), _errors(_AUTH)),
     Row("lmx_throttled_requests", "counter", "Requests refused for a limit", ("code",), _errors(_THROTTLED)),
     Row("lmx_shed_requests", "counter", "Requests refused for want of memory", ("code",), _errors(_SHED)),
