@@ -53,12 +53,16 @@ def status_of(home: Path) -> Document:
     return document
 
 
+def json_lines(file: Path, *, seen: int = 0) -> list[Document]:
+    """Return the whole lines of a file that is being written, from byte `seen` on: the last may be there in part."""
+    written, _, _ = file.read_bytes()[seen:].rpartition(b"\n")
+    return [json.loads(line) for line in written.splitlines()]
+
+
 def journal_of(home: Path) -> list[Document]:
-    """Return all lifecycle events that are whole: the last one may just be being written."""
+    """Return all lifecycle events."""
     file = home / "state" / "events.jsonl"
-    written = file.read_bytes() if file.exists() else b""
-    # What is being written is not looked at: a line may be there in part.
-    return [json.loads(line) for line in written[: written.rfind(b"\n") + 1].splitlines()]
+    return json_lines(file) if file.exists() else []
 
 
 class Host:

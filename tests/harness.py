@@ -63,14 +63,8 @@ class Lmx:
     def kill_everything(self) -> None:
         """End the supervisor and whatever it started, as a loss of power would; return once none of it lives."""
         self.kill_supervisor()
-        for _ in deadline(WAIT_S):
-            living = self.processes()
-            if not living:
-                return
-            for process in living:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-        raise AssertionError(self.processes())
+        left = self._kill_rest(WAIT_S)
+        assert not left, left
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Ask the supervisor to end and return its exit code."""
@@ -84,13 +78,7 @@ class Lmx:
         if self._runs():
             self.stop()
             left = [repr(process) for process in self.processes()]
-        for _ in deadline(10):  # a signal takes its time, and what lives may write
-            living = self.processes()
-            if not living:
-                break
-            for process in living:
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
+        self._kill_rest(10)
         shutil.rmtree(self.home, ignore_errors=True)
         assert not left, f"left behind: {left}"
 
@@ -103,6 +91,17 @@ class Lmx:
                 if ours or (process.status() != psutil.STATUS_ZOMBIE and str(self.home) in " ".join(process.cmdline())):
                     found.append(process)
         return found
+
+    def _kill_rest(self, within_s: float) -> list[psutil.Process]:
+        """Kill whatever lives until none does, since a signal takes its time; return what is left then."""
+        for _ in deadline(within_s):
+            living = self.processes()
+            if not living:
+                return []
+            for process in living:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+        return self.processes()
 
     def _runs(self) -> bool:
         return self.process is not None and self.process.poll() is None

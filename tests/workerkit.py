@@ -18,6 +18,7 @@ from typing import Any, Self, TypeVar
 
 import zmq
 
+from bench.host import json_lines
 from protocol import PROTOCOL_VERSION, control, data
 from protocol.config import LifecycleConfig, ModelsConfig
 from protocol.framing import FrameBuffer, frame
@@ -346,10 +347,8 @@ class WorkerProcess:
         return self.process.wait(timeout_s)
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        """Return the log lines of one event; a line that is just being written is not one yet."""
-        written, _, _ = self.log.read_text().rpartition("\n")
-        lines = [json.loads(line) for line in written.splitlines()]
-        return [line for line in lines if line["event"] == name]
+        """Return the log lines of one event."""
+        return [line for line in json_lines(self.log) if line["event"] == name]
 
 
 @contextlib.contextmanager

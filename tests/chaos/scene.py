@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import msgspec
 
+from bench.host import json_lines
 from protocol import control
 from protocol.paths import Home
 from supervisor.client import Client
@@ -60,33 +61,7 @@ def load_mark(lmx: Lmx) -> str:
 
 def logged(file: Path, event: str, *, seen: int = 0) -> list[dict[str, Any]]:
     """Return the events of that name in a log that is being written; `seen` bytes are left out."""
-    written = file.read_bytes()[seen:]
-    whole = written[: written.rfind(b"\n") + 1].splitlines()
-    return [entry for line in whole if (entry := json.loads(line))["event"] == event]
-
-
-class Pipe:
-    """A named pipe for a fault plan: each byte lets its process do one thing (`tests.fault.plan`)."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        os.mkfifo(file)
-        self._end = os.open(file, os.O_RDWR | os.O_NONBLOCK)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._end)
-
-    def let(self, count: int = 1) -> None:
-        os.write(self._end, bytes(count))
-
-    def take_back(self) -> None:
-        """Take out what nobody has read."""
-        with contextlib.suppress(BlockingIOError):
-            while os.read(self._end, 4096):
-                pass
+    return [entry for entry in json_lines(file, seen=seen) if entry["event"] == event]
 
 
 class Victim:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 
@@ -33,11 +32,12 @@ from tests.chaos.test_rows_gateway import (
     patched,
     pids,
     stage_of,
+    took,
     undisturbed,
     unload,
 )
 from tests.fault.plan import FaultPlan
-from tests.harness import Lmx, chat, deadline
+from tests.harness import Lmx, deadline
 
 STATE = ("desired", "desired.prev", "runtime", "runtime.prev")
 #: The version of the protocol is what stands in a file beside this patch.
@@ -176,25 +176,14 @@ def test_row_63_log_disk_full(stage: Stage, figure: Figure) -> None:
     gateway = gateway_of(lmx)
     processes = [psutil.Process(pid) for pid in (gateway["pid"], *pids(lmx).values())]
 
-    def took(count: int = 150) -> tuple[float, float]:
-        """Return the median and the p99."""
-        with httpx.Client(base_url=lmx.url, timeout=20) as http:
-            times = []
-            for _ in range(count):
-                asked = time.monotonic()
-                answer = http.post("/v1/chat/completions", json=chat("second", max_tokens=2, stream=False))
-                times.append(time.monotonic() - asked)
-                assert answer.status_code == 200
-        return sorted(times)[count // 2], sorted(times)[int(count * 0.99)]
-
-    usual, usual_p99 = took()
+    usual, usual_p99 = took(lmx.url, "second", 150, max_tokens=2)
     limits = [process.rlimit(psutil.RLIMIT_FSIZE) for process in processes]
     for process, (_, hard) in zip(processes, limits, strict=True):
         process.rlimit(psutil.RLIMIT_FSIZE, (0, hard))
     try:
         with undisturbed(lmx):
             size = (lmx.home / "logs" / "gateway.log").stat().st_size
-            without, without_p99 = took()
+            without, without_p99 = took(lmx.url, "second", 150, max_tokens=2)
             assert (lmx.home / "logs" / "gateway.log").stat().st_size == size
     finally:
         for process, limit in zip(processes, limits, strict=True):

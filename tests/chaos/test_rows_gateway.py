@@ -160,6 +160,18 @@ def gateway_of(lmx: Lmx) -> dict[str, Any]:
     return found
 
 
+def took(url: str, model: str, count: int, max_tokens: int) -> tuple[float, float]:
+    """Ask so often, one after the other; return the median and the p99 of the times, in seconds."""
+    with httpx.Client(base_url=url, timeout=PATIENCE_S) as http:
+        times = []
+        for _ in range(count):
+            asked = time.monotonic()
+            answer = http.post("/v1/chat/completions", json=chat(model, max_tokens=max_tokens, stream=False))
+            times.append(time.monotonic() - asked)
+            assert answer.status_code == 200
+    return sorted(times)[count // 2], sorted(times)[int(count * 0.99)]
+
+
 def idle(lmx: Lmx, *models: str, within_s: float = PATIENCE_S) -> None:
     """Wait until the workers of these models, or of all, have no request: what their heartbeats say."""
 
@@ -353,7 +365,7 @@ def test_row_39_descriptors_exhausted_in_the_gateway(stage: Stage, figure: Figur
         after = process.cpu_times()
         share = (after.user + after.system - before.user - before.system) / (time.monotonic() - since)
         figure("row 39", "processor share of a gateway without descriptors", share * 100, unit="%")
-        assert share < 0.6
+        assert share < 0.5
         crowd.close()
         answer = held.result(20)
         assert answer.status_code == 200 or answer.json()["error"]["code"] == "server_busy"
@@ -468,7 +480,7 @@ def test_row_40_port_in_use_at_start(tiny_model: Path, figure: Figure) -> None:
             after = process.cpu_times()
             share = after.user + after.system - before.user - before.system
             figure("row 40", "processor share while it waits for the port", share * 100, target=5, unit="%")
-            assert share < 0.4, "it asks again without pause"
+            assert share < 0.15, "it asks again without pause"
             assert lmx.tail().count("cannot listen") == 1, "said once"
             taken.close()
             free_at = time.monotonic()

@@ -1,6 +1,5 @@
 """Rows 45 to 60 of the failure matrix: the supervisor dies at any point; its host restarts, sleeps, loses its clock."""
 
-import contextlib
 import json
 import os
 import signal
@@ -19,7 +18,7 @@ from protocol.statefile import StateFile
 from supervisor.safety import Strike, crash_loop_of_supervisor
 from tests.chaos.clients import OTHER, PATIENCE_S
 from tests.chaos.figures import Figure
-from tests.chaos.scene import Pipe, Stage, load_mark
+from tests.chaos.scene import Stage, load_mark
 from tests.chaos.test_rows_gateway import (
     ask,
     event_since,
@@ -32,6 +31,7 @@ from tests.chaos.test_rows_gateway import (
     undisturbed,
     workers_of,
 )
+from tests.fault.pipe import Pipe
 from tests.fault.plan import FaultPlan
 from tests.harness import Lmx, deadline
 
@@ -144,17 +144,6 @@ def reboot(lmx: Lmx) -> None:
     """Make the next supervisor believe that the machine was started anew since."""
     file, runtime = state(lmx, "runtime")
     file.save({**runtime, "boot_id": "of-another-boot"})
-
-
-def kill_everything(lmx: Lmx) -> None:
-    lmx.kill_supervisor()
-    for process in lmx.processes():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    for _ in deadline(PATIENCE_S):
-        if not lmx.processes():
-            return
-    raise AssertionError(lmx.processes())
 
 
 # -- the supervisor dies ------------------------------------------------------------------------------------------
@@ -552,7 +541,7 @@ def test_row_57_machine_goes_down_while_a_model_loads(tiny_model: Path) -> None:
         with undisturbed(lmx):
             os.kill(lmx.model("suspect")["pid"], signal.SIGKILL)
             lmx.wait_model("suspect", "loading", other_than=incarnation)
-        kill_everything(lmx)
+        lmx.kill_everything()
         reboot(lmx)
         assert state(lmx, "runtime")[1]["load_mark"] == "suspect"
         stage.plans()
@@ -567,7 +556,7 @@ def test_row_58_two_panics_within_a_day(tiny_model: Path) -> None:
     with stage_of(tiny_model) as stage:
         lmx = stage.lmx
         load(stage, "suspect")
-        kill_everything(lmx)
+        lmx.kill_everything()
         file, desired = state(lmx, "desired")
         now = time.time()
         strikes = [Strike("suspect", now - 3600 * hours, "watchdog timeout") for hours in (20, 1)]

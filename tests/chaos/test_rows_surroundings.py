@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.chaos.scene import put
 from tests.chaos.test_rows_gateway import stage_of, undisturbed
 from tests.fault.plan import FaultPlan
 
@@ -76,9 +77,7 @@ def test_row_61_thermal_critical(tiny_model: Path, tmp_path: Path) -> None:
         lmx = stage.lmx
         assert lmx.wait_event("thermal_throttled")["gpu_temp_c"] == 104.2
         assert "THROTTLED: the GPU runs at 338 MHz though it has work" in lmx.cli("status").stdout
-        # In one piece: a program that says half a sample is started anew.
-        (tmp_path / "next").write_text(COOL)
-        (tmp_path / "next").replace(sample)
+        put(sample, COOL.encode())  # in one piece: a program that says half a sample is started anew
         lmx.wait_event("thermal_nominal")
         document = lmx.wait_status(lambda document: document["thermal"]["status"] == "nominal")
         assert document["thermal"]["gpu_freq_mhz"] == 1398

@@ -3,10 +3,9 @@
 import asyncio
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import httpx
 import psutil
@@ -15,6 +14,7 @@ import pytest
 from tests.chaos.clients import Call
 from tests.chaos.test_rows_gateway import patched
 from tests.chaos.test_rows_memory import AVAILABLE_PATCH
+from tests.fault.pipe import Pipe
 from tests.harness import Lmx, chat, deadline
 
 #: Tokens of cache that all requests of the model have together.
@@ -89,11 +89,9 @@ def held(site: Path) -> Callable[[], contextlib.AbstractContextManager[None]]:
 
 
 @pytest.fixture
-def steps(tmp_path: Path) -> Iterator[BinaryIO]:
-    """A pipe of which a fault worker takes a byte for each step; once it is closed, steps need none."""
-    os.mkfifo(tmp_path / "steps")
-    with (tmp_path / "steps").open("r+b", buffering=0) as pipe:
-        yield cast(BinaryIO, pipe)
+def steps(tmp_path: Path) -> Iterator[Pipe]:
+    with Pipe(tmp_path / "steps") as pipe:
+        yield pipe
 
 
 def test_what_never_fits_is_a_400_that_says_what_it_needs_and_what_there_is(
@@ -151,11 +149,11 @@ def test_what_leaves_gives_its_memory_back(
 
 
 def test_fewer_requests_run_at_once_while_the_machine_is_short_of_memory(
-    new_lmx: Callable[..., Lmx], tiny_model: Path, tmp_path: Path, steps: BinaryIO
+    new_lmx: Callable[..., Lmx], tiny_model: Path, tmp_path: Path, steps: Pipe
 ) -> None:
     site = tmp_path / "site"
     total = psutil.virtual_memory().total
-    fault = json.dumps({"step_pipe": steps.name, "answer_tokens": 1000})
+    fault = json.dumps({"step_pipe": str(steps.file), "answer_tokens": 1000})
     settings = {"LMX_MODELS__MAX_CONCURRENT_REQUESTS": "8", "LMX_WORKER__MODULE": "tests.fault", "LMX_FAULT": fault}
     site_settings = patched(site, supervisor=AVAILABLE_PATCH)
     (site / "available").write_text(str(total // 2))
@@ -177,12 +175,12 @@ def test_fewer_requests_run_at_once_while_the_machine_is_short_of_memory(
 
 
 async def test_a_polite_client_gets_its_turn_beside_a_hundred_requests_of_a_greedy_one(
-    new_lmx: Callable[..., Lmx], tiny_model: Path, steps: BinaryIO
+    new_lmx: Callable[..., Lmx], tiny_model: Path, steps: Pipe
 ) -> None:
     settings = {
         "LMX_MODELS__MAX_CONCURRENT_REQUESTS": "2",
         "LMX_WORKER__MODULE": "tests.fault",
-        "LMX_FAULT": json.dumps({"step_pipe": steps.name, "answer_tokens": 1000}),
+        "LMX_FAULT": json.dumps({"step_pipe": str(steps.file), "answer_tokens": 1000}),
         "LMX_LIFECYCLE__HEARTBEAT_S": "0.2",
     }
     lmx = new_lmx(**settings).start()
@@ -208,7 +206,7 @@ async def test_a_polite_client_gets_its_turn_beside_a_hundred_requests_of_a_gree
         await asyncio.to_thread(lmx.wait_status, waiting(100))
         # What runs has to end, and each slot may go to another once before theirs: time for no more answers than that,
         # of 20 tokens and a prompt each. Their turn comes, not their place in one line.
-        steps.write(bytes(4 * 21))
+        steps.let(4 * 21)
         assert await asyncio.wait_for(others, 60) == [200, 200]
         for task in greedy:
             task.cancel()

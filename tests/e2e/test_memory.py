@@ -1,13 +1,11 @@
 """Memory, with real processes: what is predicted, refused, unloaded for others, and replaced because it grew."""
 
-import contextlib
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import httpx
 import psutil
@@ -15,6 +13,7 @@ import pytest
 
 from supervisor.prediction import BASE_BYTES
 from tests.chaos.clients import Call
+from tests.fault.pipe import Pipe
 from tests.harness import Lmx, chat, deadline
 
 MIB = 1024**2
@@ -64,15 +63,6 @@ def ask(lmx: Lmx, model: str, text: str = "Hello", **more: Any) -> Call:
 def weighed(document: dict[str, Any]) -> bool:
     """Whether the first sample after each load has been taken: until then a model claims what was predicted."""
     return all((model["memory_bytes"] or 0) > BALLAST["ballast_mb"] * MIB for model in document["models"])
-
-
-@contextlib.contextmanager
-def steps(folder: Path) -> Iterator[tuple[dict[str, str], BinaryIO]]:
-    """Yield a fault plan by which an engine does a step for each byte written, and what to write them to."""
-    pipe = folder / "steps"
-    os.mkfifo(pipe)
-    with pipe.open("r+b", buffering=0) as stream:  # both ways: neither end waits for the other
-        yield {"step_pipe": str(pipe)}, stream
 
 
 def off_by(lmx: Lmx, model: str) -> float:
@@ -156,11 +146,11 @@ def test_the_least_recently_used_idle_model_goes_and_loads_do_not_thrash(
 def test_a_model_with_a_request_in_flight_is_never_evicted(
     new_lmx: Callable[..., Lmx], folders: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    with steps(tmp_path) as (fault, stepper):
-        lmx = new_lmx(**FAULT, **budget(66), LMX_FAULT=json.dumps(fault)).start()
+    with Pipe(tmp_path / "steps") as steps:
+        lmx = new_lmx(**FAULT, **budget(66), LMX_FAULT=json.dumps({"step_pipe": str(steps.file)})).start()
         lmx.cli("load", str(folders("busy")), "--ttl", "5")
         call = ask(lmx, "busy", stream=True)
-        stepper.write(b"..")  # the prefill and the first of three tokens
+        steps.let(2)  # the prefill and the first of three tokens
         call.wait_chunks(1)
         begun = time.monotonic()
         lmx.wait_status(lambda doc: doc["models"][0]["running"] == 1)
@@ -170,7 +160,7 @@ def test_a_model_with_a_request_in_flight_is_never_evicted(
         # Longer than its time.
         lmx.wait_status(lambda doc: doc["models"][0]["running"] == 1 and time.monotonic() > begun + 6)
         released_at = time.time()
-        stepper.write(b"..")
+        steps.let(2)
         assert call.wait().whole
         # Its own time counts from the end of the request.
         gone = lmx.wait_event("model_evicted", model="busy")
@@ -188,18 +178,19 @@ def test_a_request_that_has_just_begun_keeps_its_model_too(
     seldom = {"LMX_LIFECYCLE__HEARTBEAT_S": "30", "LMX_LIFECYCLE__HEARTBEAT_LATE_S": "90"}
     seldom |= {"LMX_LIFECYCLE__HEARTBEAT_HUNG_S": "100", "LMX_LIFECYCLE__GATEWAY_HUNG_S": "200"}
     seldom |= {"LMX_LIFECYCLE__PREFILL_S": "100", "LMX_LIFECYCLE__DECODE_S": "100"}
-    with steps(tmp_path) as (fault, stepper):
-        lmx = new_lmx(**FAULT, **budget(250), **full, **seldom, LMX_FAULT=json.dumps({**fault, **BALLAST})).start()
+    with Pipe(tmp_path / "steps") as steps:
+        fault = {"step_pipe": str(steps.file), **BALLAST}
+        lmx = new_lmx(**FAULT, **budget(250), **full, **seldom, LMX_FAULT=json.dumps(fault)).start()
         lmx.cli("load", str(folders("busy")))
         lmx.wait_status(weighed)
         folder = folders("more")
         call = ask(lmx, "busy", stream=True)
-        stepper.write(b"..")
+        steps.let(2)
         call.wait_chunks(1)
         refused = lmx.cli("load", str(folder), check=False)
         assert refused.returncode == 1
         assert "unload first: busy" in refused.stderr
-        stepper.write(b"..")
+        steps.let(2)
         assert call.wait().whole
 
 

@@ -13,6 +13,7 @@ import openai
 import psutil
 import pytest
 
+from tests.fault.pipe import Pipe
 from tests.harness import Lmx, Stream, chat, read_stream, without_cached
 
 #: Kills in a row are the point here, so they are no crash loop.
@@ -235,16 +236,15 @@ async def test_a_restart_by_hand_that_cannot_wait_is_not_seen_either(
     new_lmx: Callable[..., Lmx], tiny_model: Path, tmp_path: Path
 ) -> None:
     """The drain is over before the stream is: it is given back, and goes on in the next process."""
-    os.mkfifo(tmp_path / "steps")
-    fault = json.dumps({"step_pipe": str(tmp_path / "steps")})
-    lmx = new_lmx(**FAULT, LMX_LIFECYCLE__DRAIN_S="0.3", LMX_FAULT=fault).start()
     started = asyncio.Event()
-    with (tmp_path / "steps").open("r+b", buffering=0) as steps:
+    with Pipe(tmp_path / "steps") as steps:
+        fault = json.dumps({"step_pipe": str(steps.file)})
+        lmx = new_lmx(**FAULT, LMX_LIFECYCLE__DRAIN_S="0.3", LMX_FAULT=fault).start()
         lmx.load(tiny_model, "alpha")
 
         async def step() -> None:
             for _ in range(400):  # never to its end
-                steps.write(b".")
+                steps.let()
                 await asyncio.sleep(0.01)
 
         async with client(lmx) as http:

@@ -9,7 +9,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from io import FileIO
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -21,20 +20,16 @@ from protocol.config import LifecycleConfig, ModelsConfig
 from protocol.messages import encode
 from protocol.spec import WorkerSpec
 from protocol.states import Phase, WorkerExit
+from tests.fault.pipe import Pipe
 from tests.workerkit import INCARNATION, Supervisor, WorkerProcess, fault_worker
 from worker.io_thread import IoThread
 from worker.jobs import Status, Warming
 
 
 @contextlib.contextmanager
-def stepped_worker(folder: Path, **options: Any) -> Iterator[tuple[WorkerProcess, FileIO]]:
+def stepped_worker(folder: Path, **options: Any) -> Iterator[tuple[WorkerProcess, Pipe]]:
     """A ready worker whose engine does one step for each byte that is written."""
-    path = folder / "steps"
-    os.mkfifo(path)
-    with (
-        path.open("r+b", buffering=0) as steps,  # both ways: neither end waits for the other
-        fault_worker(fault={"step_pipe": str(path)}, **options) as worker,
-    ):
+    with Pipe(folder / "steps") as steps, fault_worker(fault={"step_pipe": str(steps.file)}, **options) as worker:
         yield worker, steps
 
 
@@ -90,7 +85,7 @@ def test_slots_then_queue_then_busy(tmp_path: Path) -> None:
         gateway = worker.gateway()
         rids = [gateway.submit("[[tokens 40]]") for _ in range(3)]
         gateway.finish(rids[2])
-        steps.write(b"." * 100)
+        steps.let(100)
         answers = gateway.finish(*rids)
         assert [answer.code for answer in answers] == ["", "", "server_busy"]
         assert min(answers[1].steps) > max(answers[0].steps)
@@ -131,11 +126,11 @@ def test_an_abort_frees_the_slot_within_one_step(tmp_path: Path) -> None:
         first = gateway.submit("[[tokens 1000]]")
         second = gateway.submit(max_tokens=1)
         worker.heartbeat(lambda beat: (beat.running, beat.waiting) == (1, 1))
-        steps.write(b"...")  # the prefill and two tokens
+        steps.let(3)  # the prefill and two tokens
         gateway.until(lambda: len(gateway.answers[first].tokens) == 2)
         gateway.abort(first)
         worker.heartbeat(lambda beat: (beat.running, beat.waiting) == (1, 0))
-        steps.write(b"...")  # the step that was under way, then the prefill and the one token of the second
+        steps.let(3)  # the step that was under way, then the prefill and the one token of the second
         (answer,) = gateway.finish(second)
         assert answer.tokens == [0]
         assert gateway.answers[first].tokens == [0, 1]
@@ -265,14 +260,14 @@ def test_drain_lets_the_running_finish_refuses_the_new_and_waits_for_stop(tmp_pa
     with stepped_worker(tmp_path, models=models) as (worker, steps):
         gateway = worker.gateway()
         running, waiting = gateway.submit("[[tokens 50]]"), gateway.submit()
-        steps.write(b"...")
+        steps.let(3)
         gateway.until(lambda: len(gateway.answers[running].tokens) == 2)
         assert worker.supervisor is not None
         worker.supervisor.send(control.Drain(600.0))
         gateway.finish(waiting)
         late = gateway.submit()
         gateway.finish(late)
-        steps.write(b"." * 49)
+        steps.let(49)
         answers = gateway.finish(running, waiting, late)
         assert [answer.code for answer in answers] == ["", "model_restarting", "model_restarting"]
         assert len(answers[0].tokens) == 51
